@@ -18,12 +18,14 @@ from huggingface_hub.errors import (
 )
 
 from compressors.model.errors import InputError
+from compressors.model.files.gguf.gguf_split import split_parts
 from compressors.model.files.regular_file import refuse_special
 from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
 from compressors.model.sources.hugging_face.weight_folder import INDEX
 
 __all__ = ["bundled_text", "resolve_model", "resolve_original"]
 
+_HUB_FILE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)/(?P<file>[\w./-]+\.gguf)", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _WANTED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja", "README.md", "LICENSE*"]
 _FIRST_FILES = ["config.json", INDEX]  # they show whether the family is known, before the weights are downloaded
@@ -34,8 +36,8 @@ _UNWANTED_FILES = ["*/*", "consolidated*"]
 def resolve_model(model: str | None, revision: str | None = None, *, offline: bool = False) -> Path:
     """The place of a model: as given, downloaded from the hub (or found in its cache), or bundled for None.
 
-    Pickled weights are never downloaded. ``offline`` takes hub models from the cache only.
-    :func:`compressors.model.sources.opening.open_source` says of a GGUF file whether it can be read.
+    Pickled weights are never downloaded. ``offline`` takes hub models from the cache only. ``OWNER/NAME/FILE.gguf`` is
+    one GGUF file of a repository, with the other parts of its model.
 
     Raises:
         InputError: there is no such folder, model or revision, the licence was not accepted, or the hub is out of
@@ -50,11 +52,16 @@ def resolve_model(model: str | None, revision: str | None = None, *, offline: bo
     if model and folder.exists():
         if folder.suffix == ".gguf":
             return folder
-        raise InputError(f"MODEL: {model} is a file; give the folder that holds config.json and the weights")
+        raise InputError(
+            f"MODEL: {model} is a file; give the folder that holds config.json and the weights, or a .gguf"
+        )
+    if (file := _HUB_FILE.fullmatch(model)) is not None:
+        parts = [part.as_posix() for part in split_parts(Path(file["file"]))]
+        return _existing(_download(file["id"], revision, offline, parts) / file["file"], model)
     if _HUB_ID.fullmatch(model) is None:
         raise InputError(f"MODEL: there is no folder {model!r}, and it is not a hub id (OWNER/NAME) either")
-    refuse_unknown_family(_download(model, revision, offline, _FIRST_FILES))
-    return _download(model, revision, offline, _WANTED_FILES)
+    refuse_unknown_family(_download(model, revision, offline, _FIRST_FILES, _UNWANTED_FILES))
+    return _download(model, revision, offline, _WANTED_FILES, _UNWANTED_FILES)
 
 
 def resolve_original(against: str | None, job: Mapping[str, Any]) -> Path:
@@ -68,7 +75,7 @@ def resolve_original(against: str | None, job: Mapping[str, Any]) -> Path:
         InputError: as :func:`resolve_model`; the message says so if a local folder is gone.
     """
     recorded = job["model"]
-    if against is None and isinstance(recorded, str) and Path(recorded).is_absolute() and not Path(recorded).is_dir():
+    if against is None and isinstance(recorded, str) and Path(recorded).is_absolute() and not Path(recorded).exists():
         raise InputError(f"{recorded}, which these files were made from, is not there any more; name it with --against")
     return resolve_model(against or recorded, job["revision"])
 
@@ -95,7 +102,17 @@ def _bundled(*parts: str) -> Path:
     return folder
 
 
-def _download(model: str, revision: str | None, offline: bool, files: Sequence[str]) -> Path:
+def _existing(file: Path, model: str) -> Path:
+    if not file.is_file():
+        raise InputError(
+            f"MODEL: there is no file {model} on the hub; check its name, and give the first part of several"
+        )
+    return file
+
+
+def _download(
+    model: str, revision: str | None, offline: bool, files: Sequence[str], ignored: Sequence[str] | None = None
+) -> Path:
     try:
         return Path(
             snapshot_download(
@@ -103,7 +120,7 @@ def _download(model: str, revision: str | None, offline: bool, files: Sequence[s
                 revision=revision,
                 local_files_only=offline,
                 allow_patterns=list(files),
-                ignore_patterns=_UNWANTED_FILES,
+                ignore_patterns=None if ignored is None else list(ignored),
             )
         )
     except GatedRepoError:

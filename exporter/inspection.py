@@ -1,4 +1,4 @@
-"""Describes a checkpoint from its headers: its layers, its sizes, and the possible results."""
+"""Describes a checkpoint or a GGUF file from its headers: its layers, its sizes, and the possible results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """Layout, routing rule and sizes, as plain data.
 
     Raises:
-        InputError: the folder holds no checkpoint that can be read.
+        InputError: the path holds no model that can be read.
     """
     checkpoint = open_source(folder)
     spec = checkpoint.spec

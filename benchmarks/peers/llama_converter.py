@@ -246,11 +246,9 @@ def _compare(name: str, folder: Path, command: Sequence[str], scratch: Path) -> 
 def _stored_types(student: Student) -> dict[str, str]:
     """Experts that are stored in MXFP4 stay so in the converter's file."""
     return {
-        tensor.name: "MXFP4"
+        tensor.name: types[0].name
         for tensor in plan_tensors(student.spec, "F32")
-        if tensor.layer is not None
-        and tensor.n_experts
-        and student.mxfp4_rows(tensor.role, tensor.layer, 0) is not None
+        if (types := student.stored_types(tensor.role, tensor.layer))
     }
 
 

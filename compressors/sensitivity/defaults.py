@@ -84,7 +84,7 @@ def default_table(spec: ModelSpec, plans: Sequence[UnitPlan]) -> TypeTable:
 
     Args:
         spec: the model in the file.
-        plans: units with their types; a type that has an error, and is not in the table of defaults, is left out.
+        plans: units with their types; one that is neither exact nor in the table of defaults is left out.
     """
     units = []
     for plan in plans:

@@ -21,7 +21,7 @@ from exporter.planning.recipe import Recipe, load_recipe
 from exporter.planning.teacher_floor import TeacherFloor, choose_teacher_floor
 from exporter.processes.team import local_processes
 from exporter.publishing.deviations import find_deviations
-from exporter.publishing.model_name import model_name
+from exporter.publishing.model_name import model_name, whole_path
 from exporter.writing.files import sha256_of
 from exporter.writing.gguf.imatrix import read_imatrix
 
@@ -61,7 +61,7 @@ def make_plan(job: Job, command: str) -> Plan:
         read_imatrix(job.imatrix, checkpoint.spec)  # refused now, not by a stage
     plan = Plan(
         recipe=recipe,
-        source=checkpoint.path.resolve(),
+        source=whole_path(checkpoint.path),
         calibration=calibration.resolve(),
         heldout=None if heldout is None else heldout.resolve(),
         predictions=predictions,

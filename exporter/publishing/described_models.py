@@ -9,9 +9,9 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap
 from exporter.planning.recipe import SourceChoice
-from exporter.writing.gguf.metadata import source_license
+from exporter.writing.gguf.metadata import source_ancestors, source_license
 
-__all__ = ["described_source", "described_student"]
+__all__ = ["described_source", "described_student", "stored_bytes"]
 
 
 def described_source(choice: SourceChoice, source: Source) -> dict[str, Any]:
@@ -24,8 +24,9 @@ def described_source(choice: SourceChoice, source: Source) -> dict[str, Any]:
         "identity": choice.identity,
         "family": spec.model_type,
         "parameters": spec.parameters,
-        "bytes": source.n_bytes,
+        "bytes": stored_bytes(source),
         "dtype": str(source.dtype).removeprefix("torch."),
+        "stored_as": source.stored_as,
         "n_layers": spec.n_layers,
         "n_moe_layers": sum(layer.routed is not None for layer in spec.layers),
         "n_recurrent_layers": sum(layer.mixer.is_recurrent for layer in spec.layers),
@@ -35,7 +36,13 @@ def described_source(choice: SourceChoice, source: Source) -> dict[str, Any]:
         "n_kv_heads": None if heads is None else heads.number,
         "head_dim": None if heads is None else heads.width,
         "license": source_license(source),
+        "base_models": source_ancestors(source),
     }
+
+
+def stored_bytes(source: Source) -> int:
+    """Bytes of the original: of its weights in storage dtype, or of its files where they hold quantized weights."""
+    return source.n_bytes if source.stored_as is None else sum(file.stat().st_size for file in source.files)
 
 
 def described_student(teacher: ModelSpec, experts: ExpertMap) -> dict[str, Any]:

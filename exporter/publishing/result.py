@@ -20,7 +20,7 @@ from exporter.file_names import EVALUATION, GENERATION, LAST_WORDS, MEASUREMENT,
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
 from exporter.publishing.against_original import against_original, with_choices
-from exporter.publishing.described_models import described_source, described_student
+from exporter.publishing.described_models import described_source, described_student, stored_bytes
 from exporter.publishing.environment import environment
 from exporter.publishing.floors import floors_of
 from exporter.publishing.outputs import Artifact
@@ -94,7 +94,7 @@ def build_report(
         "search": search_figures(work, source.spec, recipe),
         "against_original": against_original(
             artifacts,
-            source.n_bytes,
+            stored_bytes(source),
             validation,
             with_choices(recipe.recover, tried),
             student_spec,

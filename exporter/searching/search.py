@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from compressors.model.errors import BudgetError, UnsupportedError
 from compressors.model.sources.opening import open_source
-from compressors.sensitivity import DivergenceModel
+from compressors.model.sources.student import Student
+from compressors.sensitivity import DivergenceModel, UnitPlan
 from exporter.planning.recipe import CompressChoice, FileChoice
 from exporter.searching.fitting import Fitted
 from exporter.searching.measuring import measured_divergence
@@ -141,9 +142,13 @@ class Search:
         """A structure with the best types that fit; None if none do."""
         try:
             untyped = untyped_file_of(self._recipe, artifact, self._source, choice)
-            units = units_of(untyped, self._source.dtype)
+            units_of(untyped, self._source.dtype)  # refused now, before the structure is built
         except UnsupportedError:
             return None
+
+        def units(student: Student) -> tuple[UnitPlan, ...]:
+            return units_of(untyped, self._source.dtype, student.stored_types)
+
         trial, name = self._trial(choice), f"{artifact}-{untyped.choice.quantizer}"
         fitted = best_fit(untyped, trial.table(units, name), most_seconds(untyped, self._wishes.prefer))
         if fitted is None:

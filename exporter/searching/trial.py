@@ -88,15 +88,20 @@ class Trial:
         """The divergence of a student of this structure on the selection split: nats."""
         return judge_on_selection(self.context, student).divergence
 
-    def table(self, units: tuple[UnitPlan, ...], name: str) -> TypeTable:
-        """The costs of each type of each unit, measured once; ``name`` distinguishes tables of the same structure."""
+    def table(self, units: Callable[[Student], tuple[UnitPlan, ...]], name: str) -> TypeTable:
+        """The costs of each type of each unit, measured once.
+
+        Args:
+            units: gives the units of the student.
+            name: distinguishes tables of the same structure.
+        """
         path = self.context.output / f"table-{name}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             student = self.student()
             table = measured_table(
                 student,
-                units,
+                units(student),
                 self._sensitivities(student),
                 importance_of(student, self.context.plan, self.context.work),
                 threads=self.context.plan.recipe.threads,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import UnsupportedError
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType
@@ -17,7 +17,7 @@ from exporter.planning.recipe import FileChoice
 from exporter.searching.decode_cost import seconds_of
 from exporter.searching.untyped_file import UntypedFile
 from exporter.writing.gguf.mixes import MIXES
-from exporter.writing.gguf.type_table import ALLOCATED_TYPES, plan_gguf_units
+from exporter.writing.gguf.type_table import ALLOCATED_TYPES, StoredTypes, plan_gguf_units
 from exporter.writing.onnx.encodings import ENCODINGS, PRESETS, Encoding, onnx_units
 
 __all__ = ["LAST_RESORT", "fitting_mixes", "gguf_units", "units_of"]
@@ -39,10 +39,17 @@ _EXACT = {
 }
 
 
-def units_of(untyped: UntypedFile, dtype: torch.dtype) -> tuple[UnitPlan, ...]:
-    """Lists the choices that a file leaves."""
+def units_of(untyped: UntypedFile, dtype: torch.dtype, stored: StoredTypes | None = None) -> tuple[UnitPlan, ...]:
+    """Lists the choices that a file leaves.
+
+    Args:
+        untyped: the file.
+        dtype: the dtype of the source's weights.
+        stored: the source's types of unchanged tensors; None: those of the source's layers, as if all were unchanged
+            whose shape is.
+    """
     if untyped.artifact == "gguf":
-        return gguf_units(untyped.spec, dtype, untyped.choice)
+        return gguf_units(untyped.spec, dtype, untyped.choice, _expected_types(untyped) if stored is None else stored)
     return onnx_unit_plans(untyped.spec, untyped.choice)
 
 
@@ -61,13 +68,39 @@ def fitting_mixes(untyped: UntypedFile) -> list[tuple[FileChoice, Prediction]]:
     return sorted(found, key=lambda entry: -entry[1].file)
 
 
-def gguf_units(spec: ModelSpec, dtype: torch.dtype, choice: FileChoice) -> tuple[UnitPlan, ...]:
+def _expected_types(untyped: UntypedFile) -> StoredTypes:
+    """The types of tensors that have their shape in a structure that is not built yet."""
+    source, spec = untyped.source, untyped.spec
+
+    def stored(role: Role, layer: int | None) -> tuple[GGMLQuantizationType, ...]:
+        if layer is not None and not _are_alike(spec.layers[layer], source.spec.layers[layer]):
+            return ()
+        return source.stored_types(role, layer)
+
+    if spec.n_layers != source.spec.n_layers:
+        return lambda _role, _layer: ()
+
+    return stored
+
+
+def _are_alike(one: LayerSpec, other: LayerSpec) -> bool:
+    """True if two layers differ in nothing but the number of their experts, as far as sizes tell."""
+    return {**one.sizes, "E": 0} == {**other.sizes, "E": 0}
+
+
+def gguf_units(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    choice: FileChoice,
+    stored: StoredTypes = lambda _role, _layer: (),
+) -> tuple[UnitPlan, ...]:
     """Lists the tensors of a GGUF file that may be quantized, each with its types.
 
     Args:
         spec: the student.
         dtype: the dtype of its weights; one type holds them exactly.
         choice: says how codes are chosen.
+        stored: the types in which the source holds tensors that are unchanged; these are exact, too.
     """
     exact = _EXACT[dtype]
     last = (GGMLQuantizationType[name] for name in sorted(LAST_RESORT))
@@ -80,6 +113,7 @@ def gguf_units(spec: ModelSpec, dtype: torch.dtype, choice: FileChoice) -> tuple
         feedback=choice.quantizer == "feedback",
         quantizers=quantizers,
         decode_cost=seconds_of,
+        stored=stored,
     )
     return tuple(plans)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.source import Origin
+from compressors.model.sources.source import Source
 from compressors.sensitivity import Unit, UnitPlan
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
@@ -23,7 +23,7 @@ class UntypedFile:
     """The file of a student, apart from the types of its tensors."""
 
     artifact: str  # gguf or onnx
-    source: Origin  # the original
+    source: Source  # the original
     name: str  # of the original
     spec: ModelSpec  # the student's
     budget: BudgetChoice

@@ -16,13 +16,13 @@ from compressors.model.description.spec import ModelSpec, MoeSize
 from compressors.model.description.tensors import Kind
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.files.gguf.gguf_file import GgufFile
+from compressors.model.sources.gguf_settings import gguf_setting_symptoms
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.container import render_header, render_values
 from exporter.writing.gguf.metadata import model_metadata
 from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
 from validate.files.folder_settings import folder_setting_symptoms
-from validate.files.gguf_settings import gguf_setting_symptoms
 from validate.files.graph_settings import graph_setting_symptoms
 from validate.files.model_file import ModelFile
 from validate.files.rope_factors import rope_factor_symptoms

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from compressors.model.config.special_tokens import special_tokens
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.files.gguf.pre_tokenizers import KnownDifference
 from compressors.model.files.tokenizer_files import load_tokenizer, tokens_of
 from exporter.writing.gguf.container import Value, render_header, render_values, string
 from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
-from exporter.writing.gguf.vocabulary.pre_tokenizer_table import KnownDifference
 from exporter.writing.gguf.vocabulary.pre_tokenizers import is_byte_level, known_differences, steps_of
 from exporter.writing.gguf.vocabulary.special_values import tokens_around
 from validate.vocabulary.tokenization import AWKWARD_TEXTS, texts_around

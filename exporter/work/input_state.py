@@ -14,6 +14,7 @@ from pathlib import Path
 
 from compressors.calibration.splits import Splits, read_splits
 from compressors.model.errors import InputError
+from compressors.model.files.gguf.gguf_split import split_parts
 from compressors.model.files.safetensors_header import LARGEST_HEADER
 from compressors.model.sources.hugging_face.foreign_folder import JSON_FILES, TEXT_FILES
 from exporter.planning.recipe import TextChoice
@@ -23,6 +24,8 @@ __all__ = ["Change", "FileState", "SourceState", "refuse_changed_texts"]
 
 _READ_BY_NAME = frozenset({*JSON_FILES, *TEXT_FILES})
 """Files that change the result as soon as they exist."""
+
+_GGUF_HEADER = 1 << 25  # bytes; no header is longer, as a vocabulary of 250,000 tokens takes some 10 million
 
 
 @dataclass(frozen=True)
@@ -50,22 +53,25 @@ class Change:
 
 @dataclass(frozen=True)
 class SourceState:
-    """All files of a checkpoint that a run may read, by name."""
+    """All files of a checkpoint that a run may read, by name; or those of a GGUF model."""
 
     files: Mapping[str, FileState]
 
     @classmethod
-    def of(cls, folder: Path) -> SourceState:
-        """The state now.
+    def of(cls, source: Path) -> SourceState:
+        """The state now of a checkpoint's folder, or of a GGUF file with the other parts of its model.
 
         Raises:
             InputError: the folder or a file in it cannot be read.
         """
         try:
-            paths = [path for path in sorted(folder.iterdir()) if _may_be_read(path) and path.is_file()]
+            if source.is_dir():
+                paths = [path for path in sorted(source.iterdir()) if _may_be_read(path) and path.is_file()]
+            else:
+                paths = split_parts(source)
             return cls({path.name: FileState.of(path) for path in paths})
         except OSError as error:
-            raise InputError(f"{error.filename or folder} cannot be read ({error.strerror})") from None
+            raise InputError(f"{error.filename or source} cannot be read ({error.strerror})") from None
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
@@ -136,13 +142,15 @@ def _may_be_read(path: Path) -> bool:
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors")
+    return name.endswith((".safetensors", ".gguf"))
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         if not _is_weights(path.name):
             return hashlib.file_digest(file, "sha256").hexdigest()
+        if path.suffix == ".gguf":
+            return hashlib.sha256(file.read(_GGUF_HEADER)).hexdigest()
         length = file.read(8)  # the length of the JSON that follows; in a damaged file it may be any number
         header = file.read(min(int.from_bytes(length, "little"), LARGEST_HEADER))
         return hashlib.sha256(length + header).hexdigest()

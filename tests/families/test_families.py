@@ -22,6 +22,7 @@ from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.gguf_settings import gguf_setting_symptoms
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.sampling import continue_texts
@@ -31,7 +32,6 @@ from exporter.writing.hf_checkpoint import write_checkpoint
 from tests.families.conftest import logits_of
 from tests.families.rows import Row
 from tests.float8_checkpoints import SCHEMES, Scheme, all_tensors, blocks, write_float8
-from validate.files.gguf_settings import gguf_setting_symptoms
 from validate.files.weight_comparison import compare_weights
 from validate.routing.agreement import routing_agreement
 from validate.routing.router_alone import RouterInputRecorder, router_alone

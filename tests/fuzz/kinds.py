@@ -12,11 +12,13 @@ from pathlib import Path
 from rich.console import Console
 
 from compressors.calibration.splits import load_tokenizer, read_splits
+from compressors.model.config.config_check import check_against_transformers
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.files.weight_file import WeightFile
 from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.gguf_settings import gguf_setting_symptoms
 from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.weights import WrittenWeights
@@ -33,7 +35,6 @@ from tests.fuzz.published import damage_published, read_published
 from tests.fuzz.safetensors_files import damage_weights
 from tests.fuzz.texts import awkward_flags, awkward_words, damage_logits, damage_recipe, damage_text
 from validate.files.folder_settings import folder_setting_symptoms
-from validate.files.gguf_settings import gguf_setting_symptoms
 from validate.files.graph_settings import graph_setting_symptoms
 from validate.files.model_file import find_model_file
 from validate.metrics.logits_file import LogitsFile
@@ -77,6 +78,17 @@ def _read_gguf(folder: Path, rng: random.Random, inputs: Path) -> None:
     path = folder / "model.gguf"
     gguf_setting_symptoms(GgufFile(path).metadata, _spec(inputs))
     _read_weights(GgufWeights(path, _spec(inputs)), _spec(inputs))
+
+
+def _read_gguf_source(folder: Path, rng: random.Random, inputs: Path) -> None:
+    source = open_source(folder / "model.gguf")
+    Console(file=io.StringIO()).print(description_table(describe(source.path)))
+    for tensor, layer in source.spec.written.places:
+        if not tensor.is_per_expert:
+            source.tensor(tensor.role, layer)
+    check_against_transformers(source.config, source.config_path, source.spec)
+    vocabulary_metadata(source.tokenizer_folder, source.spec.vocab_size)
+    load_tokenizer(source.tokenizer_folder)
 
 
 def _read_onnx(folder: Path, rng: random.Random, inputs: Path) -> None:
@@ -136,6 +148,10 @@ def _export(folder: Path, inputs: Path, *more: str) -> list[str]:
     return ["export", str(folder), "--budget", "2MB", *_around(folder, inputs), *more]
 
 
+def _export_gguf(folder: Path, inputs: Path) -> list[str]:
+    return ["export", str(folder / "model.gguf"), "--budget", "2MB", *_around(folder, inputs)]
+
+
 def _around(folder: Path, inputs: Path) -> list[str]:
     return [
         *_texts(inputs / "text"),
@@ -189,6 +205,7 @@ KINDS = {
     "flags": Kind(("empty",), None, _read_flags, share=3),
     "words": Kind(("empty",), None, _read_words, share=3),
     "published": Kind(("published",), damage_published, read_published, _validate(""), share=6),
-    "gguf": Kind(("gguf",), damage_gguf, _read_gguf, _validate("model.gguf"), share=15),
+    "gguf": Kind(("gguf",), damage_gguf, _read_gguf, _validate("model.gguf"), share=10),
+    "source": Kind(("gguf",), damage_gguf, _read_gguf_source, _export_gguf, share=5),
     "onnx": Kind(("onnx",), damage_onnx, _read_onnx, _validate(""), share=11),
 }

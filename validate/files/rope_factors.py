@@ -11,7 +11,7 @@ from compressors.model.description.gguf_rope import LONG_FACTORS, PLAIN_FACTORS,
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.gguf.ggml import dequantize_into
 from compressors.model.files.gguf.gguf_file import GgufFile
-from validate.files.gguf_settings import expected_rope
+from compressors.model.sources.gguf_settings import expected_rope
 
 __all__ = ["rope_factor_symptoms"]
 

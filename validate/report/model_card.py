@@ -77,9 +77,10 @@ def _front_matter(report: Report) -> dict[str, Any]:
     data: dict[str, Any] = {}
     if source.get("license"):
         data["license"] = source["license"]
-    # The hub resolves base_model to a page: a local folder has none.
-    if _HUB_ID.fullmatch(str(source["model"])):
-        data |= {"base_model": source["model"], "base_model_relation": "quantized"}
+    # The hub resolves base_model to a page: a local folder has none, but may name the models that it is from.
+    ancestors = [name for name in (source["model"], *source.get("base_models", ())) if _HUB_ID.fullmatch(str(name))]
+    if ancestors:
+        data |= {"base_model": ancestors[0], "base_model_relation": "quantized"}
     if formats:
         data["library_name"] = "gguf" if "gguf" in formats else "onnxruntime"
     data["pipeline_tag"] = "text-generation"

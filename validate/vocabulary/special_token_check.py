@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from validate.files.gguf_settings import MetadataValue
+from compressors.model.sources.gguf_settings import MetadataValue
 from validate.vocabulary.original_tokenizer import OriginalTokenizer
 from validate.vocabulary.vocabulary import GgufVocabulary
 

@@ -14,7 +14,7 @@ from typing import Any
 import llama_cpp.llama_cpp as api
 
 from compressors.model.files.tokenizer_files import load_tokenizer, read_tokenizer_json
-from validate.files.gguf_settings import MetadataValue
+from compressors.model.sources.gguf_settings import MetadataValue
 from validate.vocabulary.original_tokenizer import OriginalTokenizer
 from validate.vocabulary.special_token_check import folder_special_symptoms, gguf_special_symptoms
 from validate.vocabulary.tokenization import AWKWARD_TEXTS, Difference, Encode, tokenization_differences

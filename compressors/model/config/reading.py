@@ -60,7 +60,9 @@ def read_spec(folder: Path) -> ModelSpec:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint, or a hub id")
+        raise InputError(
+            f"{folder} has no config.json: give the folder of a Hugging Face checkpoint, a hub id, or a GGUF file"
+        )
     family, settings = model_settings(read_json(path), path)
     assert family.read is not None, "families in the registry are read"
     return family.read(settings)

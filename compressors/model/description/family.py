@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compressors.model.description.tensors import TensorSpec
 
 if TYPE_CHECKING:
+    from compressors.model.config.gguf_keys import GgufKeys
     from compressors.model.config.settings import Settings
     from compressors.model.description.spec import ModelSpec
 
@@ -35,6 +36,8 @@ class GgufFamily:
         refusal: says which part of a model llama.cpp's graph, with its fixed assumptions, cannot compute; None: none.
         takes_rope_factors: its graph divides the rotary angles by a tensor of the file.
         scales_attention: its graph multiplies the products of queries and keys for a longer context.
+        settings: makes settings of ``config.json`` of the keys of a file, the inverse of ``keys``; None where the file
+            is of another family with this architecture. Without the function no file is read.
     """
 
     architecture: str
@@ -42,6 +45,7 @@ class GgufFamily:
     refusal: Callable[[ModelSpec], str | None] = lambda _spec: None
     takes_rope_factors: bool = False
     scales_attention: bool = False
+    settings: Callable[[GgufKeys], ConfigValues | None] | None = None
 
 
 @dataclass(frozen=True)

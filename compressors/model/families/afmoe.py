@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.feed_forward import Routed, Shared
@@ -20,7 +21,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, TensorSpec
-from compressors.model.families.shared import expert_layers, llama_cpp, parts, windowed, written_config
+from compressors.model.families.shared import expert_layers, from_gguf, llama_cpp, parts, windowed, written_config
 
 __all__ = ["FAMILY"]
 
@@ -129,11 +130,22 @@ def _refusal(spec: ModelSpec) -> str | None:
     return f"graph turns queries and keys in all layers but every {_STILL}th, this model in other ones"
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    """The settings; llama.cpp's graph always multiplies the embedding."""
+    return {
+        **from_gguf.usual_settings(keys, n_experts=_SPELLING.n_experts, width="moe_intermediate_size"),
+        **expert_layers.from_keys(keys, _SPELLING, normalizes="route_norm"),
+        **from_gguf.window_settings(keys),
+        "num_dense_layers": keys.count("leading_dense_block_count", 0),
+        "mup_enabled": True,
+    }
+
+
 FAMILY = Family(
     model_type="afmoe",
     architecture="AfmoeForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("afmoe", _keys, _refusal),
+    gguf=GgufFamily("afmoe", _keys, _refusal, settings=_from_gguf),
 )

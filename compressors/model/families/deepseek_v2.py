@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.feed_forward import Shared
 from compressors.model.description.routing import GroupScore, Routing
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import expert_layers, latent, parts
+from compressors.model.families.shared import expert_layers, from_gguf, latent, parts
 
 __all__ = ["FAMILY"]
 
@@ -82,11 +83,18 @@ def _refusal(spec: ModelSpec) -> str | None:
     return "graph scores groups of experts by the sum of their best two, but this model's are scored by their best"
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues | None:
+    """The settings; None for a DeepSeek-V3, of the same architecture, whose scores are sigmoids."""
+    if keys.count("expert_gating_func", from_gguf.SOFTMAX) != from_gguf.SOFTMAX:
+        return None
+    return {**latent.from_keys(keys), "topk_method": "greedy", "scoring_func": "softmax"}
+
+
 FAMILY = Family(
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("deepseek2", latent.gguf_keys, _refusal, scales_attention=True),
+    gguf=GgufFamily("deepseek2", latent.gguf_keys, _refusal, scales_attention=True, settings=_from_gguf),
 )

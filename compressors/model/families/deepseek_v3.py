@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import expert_layers, latent, parts
+from compressors.model.families.shared import expert_layers, from_gguf, latent, parts
 
 __all__ = ["FAMILY"]
 
@@ -58,12 +59,21 @@ def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
     return expert_layers.edited(spec, config, "first_k_dense_replace")
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues | None:
+    """The settings; None for a DeepSeek-V2, of the same architecture, whose scores are a softmax.
+
+    GLM-4.7-Flash, which computes the same, becomes a DeepSeek-V3.
+    """
+    is_sigmoid = keys.count("expert_gating_func", from_gguf.SOFTMAX) == from_gguf.SIGMOID
+    return latent.from_keys(keys) if is_sigmoid else None
+
+
 FAMILY = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("deepseek2", latent.gguf_keys, latent.gguf_refusal, scales_attention=True),
+    gguf=GgufFamily("deepseek2", latent.gguf_keys, latent.gguf_refusal, scales_attention=True, settings=_from_gguf),
     skipped=(expert_layers.MTP,),
 )

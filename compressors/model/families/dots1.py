@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.mixers import QkNorm
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import expert_layers, llama_cpp, parts, written_config
+from compressors.model.families.shared import expert_layers, from_gguf, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -84,11 +85,22 @@ def _refusal(spec: ModelSpec) -> str | None:
     return llama_cpp.limit_of_windows(spec) or llama_cpp.limit_of_untied_head(spec)
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    usual = from_gguf.usual_settings(keys, n_experts="n_routed_experts", width="moe_intermediate_size")
+    return {
+        **usual,
+        **expert_layers.from_keys(keys),
+        "first_k_dense_replace": keys.count("leading_dense_block_count", 0),
+        "layer_types": ["full_attention"] * usual["num_hidden_layers"],
+        "sliding_window": None,
+    }
+
+
 FAMILY = Family(
     model_type="dots1",
     architecture="Dots1ForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("dots1", _keys, _refusal),
+    gguf=GgufFamily("dots1", _keys, _refusal, settings=_from_gguf),
 )

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue, SkippedPart
 from compressors.model.description.feed_forward import Routed, Shared
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import expert_layers, llama_cpp, parts, written_config
+from compressors.model.families.shared import expert_layers, from_gguf, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -141,12 +142,23 @@ def _refusal(spec: ModelSpec) -> str | None:
     return f"graph divides weights by their sum from {_NORMALIZED_FROM:g} on, this model from moe_norm_min, {least:g}"
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    usual = from_gguf.usual_settings(keys, n_experts="moe_num_experts", width="moe_intermediate_size", top_k="moe_k")
+    return {
+        **usual,
+        **from_gguf.dense_width(keys),
+        "moe_num_shared_experts": keys.count("expert_shared_count", 0),
+        "moe_layer_start_index": keys.count("leading_dense_block_count", 0),
+        "moe_layer_end_index": usual["num_hidden_layers"] - 1,
+    }
+
+
 FAMILY = Family(
     model_type="ernie4_5_moe",
     architecture="Ernie4_5_MoeForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("ernie4_5-moe", _keys, _refusal),
+    gguf=GgufFamily("ernie4_5-moe", _keys, _refusal, settings=_from_gguf),
     skipped=(_MTP,),
 )

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue, SkippedPart
 from compressors.model.description.mixers import QkNorm
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import expert_layers, llama_cpp, parts, windowed, written_config
+from compressors.model.families.shared import expert_layers, from_gguf, llama_cpp, parts, windowed, written_config
 
 __all__ = ["FAMILY"]
 
@@ -96,12 +97,25 @@ def _refusal(spec: ModelSpec) -> str | None:
     return llama_cpp.limit_of_untied_head(spec)
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    usual = from_gguf.usual_settings(keys, n_experts=_SPELLING.n_experts, width="moe_intermediate_size")
+    n_dense = keys.count("leading_dense_block_count", 0)
+    kinds = ["dense" if index < n_dense else "sparse" for index in range(usual["num_hidden_layers"])]
+    return {
+        **usual,
+        **expert_layers.from_keys(keys, _SPELLING),
+        **from_gguf.window_settings(keys),
+        "first_k_dense_replace": n_dense,
+        "mlp_layer_types": kinds,
+    }
+
+
 FAMILY = Family(
     model_type="exaone_moe",
     architecture="ExaoneMoeForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("exaone-moe", _keys, _refusal, takes_rope_factors=True),
+    gguf=GgufFamily("exaone-moe", _keys, _refusal, takes_rope_factors=True, settings=_from_gguf),
     skipped=(SkippedPart(r"mtp\..*", "layers for predicting several tokens at once (MTP)"),),
 )

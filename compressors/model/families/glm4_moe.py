@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.mixers import QkNorm
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import expert_layers, llama_cpp, parts
+from compressors.model.families.shared import expert_layers, from_gguf, llama_cpp, parts
 
 __all__ = ["FAMILY"]
 
@@ -74,12 +75,26 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
     return {**llama_cpp.usual_keys(spec), **expert_layers.gguf_keys(spec)}
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues | None:
+    """The settings; None for a Solar Open, of the same architecture, in which no layer is dense."""
+    n_dense = keys.count("leading_dense_block_count", 0)
+    if not n_dense:
+        return None
+    return {
+        **from_gguf.usual_settings(keys, n_experts="n_routed_experts", width="moe_intermediate_size"),
+        **expert_layers.from_keys(keys),
+        "first_k_dense_replace": n_dense,
+        "attention_bias": keys.has_tensor("blk.{layer}.attn_q.bias"),
+        "use_qk_norm": keys.has_tensor("blk.{layer}.attn_q_norm.weight"),
+    }
+
+
 FAMILY = Family(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("glm4moe", _keys),
+    gguf=GgufFamily("glm4moe", _keys, settings=_from_gguf),
     skipped=(expert_layers.MTP,),
 )

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
@@ -22,7 +23,7 @@ from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import Fused, GgufTensor, Kind, TensorSpec
 from compressors.model.description.transforms import EverySecond
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -164,11 +165,22 @@ def _refusal(spec: ModelSpec) -> str | None:
     )
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    """The settings; whether YaRN truncates, no file says: it is transformers' default."""
+    usual = from_gguf.usual_settings(keys, n_experts="num_local_experts", width="intermediate_size")
+    n_layers = usual["num_hidden_layers"]
+    scaling = usual.get("rope_scaling", {"rope_type": "default"})
+    if scaling["rope_type"] == "yarn":
+        scaling = {**_DEFAULT_ROPE, **scaling}
+    windows = from_gguf.window_settings(keys, tuple(index % 2 == 0 for index in range(n_layers)))
+    return {**usual, **windows, "rope_scaling": scaling, "attention_bias": True}
+
+
 FAMILY = Family(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("gpt-oss", _keys, _refusal),
+    gguf=GgufFamily("gpt-oss", _keys, _refusal, settings=_from_gguf),
 )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, DenseForm, Family, GgufFamily, GgufValue
 from compressors.model.description.feed_forward import LostModule, Routed
@@ -13,7 +14,7 @@ from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import Fused
 from compressors.model.description.transforms import InterleaveRotary
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -112,12 +113,26 @@ _GRANITE = Family(
     gguf=GgufFamily("granite", _keys, takes_rope_factors=True),
 )
 
+
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    usual = from_gguf.usual_settings(
+        keys, n_experts="num_local_experts", width="intermediate_size", width_key="feed_forward_length"
+    )
+    return {
+        **usual,
+        "embedding_multiplier": keys.number("embedding_scale", 1.0),
+        "attention_multiplier": keys.number("attention.scale", usual["head_dim"] ** -0.5),
+        "residual_multiplier": keys.number("residual_scale", 1.0),
+        "logits_scaling": keys.number("logit_scale"),
+    }
+
+
 FAMILY = Family(
     model_type="granitemoe",
     architecture="GraniteMoeForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("granitemoe", _keys, takes_rope_factors=True),
+    gguf=GgufFamily("granitemoe", _keys, takes_rope_factors=True, settings=_from_gguf),
     dense=DenseForm(_GRANITE, parts.dense_tensors()),
 )

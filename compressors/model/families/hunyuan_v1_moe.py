@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
@@ -16,7 +17,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
 from compressors.model.names import shown
 
 __all__ = ["FAMILY"]
@@ -139,12 +140,16 @@ def _refusal(spec: ModelSpec) -> str | None:
     )
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    return from_gguf.usual_settings(keys, n_experts="num_experts", width="intermediate_size", top_k=_TOP_K)
+
+
 FAMILY = Family(
     model_type="hunyuan_v1_moe",
     architecture="HunYuanMoEV1ForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("hunyuan-moe", _keys),
+    gguf=GgufFamily("hunyuan-moe", _keys, settings=_from_gguf),
     refusal=_refusal,
 )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
@@ -18,7 +19,7 @@ from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
 from compressors.model.description.transforms import Squeezed
 from compressors.model.errors import InputError
-from compressors.model.families.shared import expert_layers, llama_cpp, parts, written_config
+from compressors.model.families.shared import expert_layers, from_gguf, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -227,11 +228,32 @@ def _refusal(spec: ModelSpec) -> str | None:
     return llama_cpp.normalization_refusal(spec, always=True) or llama_cpp.limit_of_square_queries(spec)
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    """The settings; a layer without key-value heads is one with a convolution."""
+    model = from_gguf.model_settings(keys, "norm_eps")
+    n_kv_heads = keys.by_layer("attention.head_count_kv", model["num_hidden_layers"])
+    head_dim = from_gguf.head_dim(keys)
+    return {
+        **model,
+        **from_gguf.rope_settings(keys, head_dim),
+        **from_gguf.dense_width(keys),
+        "num_attention_heads": keys.count("attention.head_count"),
+        "num_key_value_heads": max(n_kv_heads),
+        "head_dim": head_dim,
+        "layer_types": [_ATTENDING if number else _CONVOLVING for number in n_kv_heads],
+        "conv_L_cache": keys.count("shortconv.l_cache"),
+        "num_dense_layers": keys.count("leading_dense_block_count", 0),
+        "num_experts": keys.count("expert_count"),
+        "num_experts_per_tok": keys.count("expert_used_count"),
+        "moe_intermediate_size": keys.count("expert_feed_forward_length"),
+    }
+
+
 FAMILY = Family(
     model_type="lfm2_moe",
     architecture="Lfm2MoeForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("lfm2moe", _keys, _refusal),
+    gguf=GgufFamily("lfm2moe", _keys, _refusal, settings=_from_gguf),
 )

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.mixers import QkNorm
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -93,11 +94,17 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
     }
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    usual = from_gguf.usual_settings(keys, n_experts="num_local_experts", width="intermediate_size")
+    usual.pop("partial_rotary_factor", None)
+    return {**usual, "rotary_dim": keys.count("rope.dimension_count", usual["head_dim"])}
+
+
 FAMILY = Family(
     model_type="minimax_m2",
     architecture="MiniMaxM2ForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("minimax-m2", _keys, llama_cpp.limit_of_untied_head),
+    gguf=GgufFamily("minimax-m2", _keys, llama_cpp.limit_of_untied_head, settings=_from_gguf),
 )

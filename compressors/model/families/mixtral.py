@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, DenseForm, Family, GgufFamily
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.transforms import InterleaveRotary
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -74,12 +75,23 @@ _MISTRAL = Family(
     gguf=GgufFamily("llama", llama_cpp.usual_keys, takes_rope_factors=True),
 )
 
+
+def _from_gguf(keys: GgufKeys) -> ConfigValues | None:
+    """The settings; None for a dense Llama, of the same architecture."""
+    if not keys.count("expert_count", 0):
+        return None
+    usual = from_gguf.usual_settings(
+        keys, n_experts="num_local_experts", width="intermediate_size", width_key="feed_forward_length"
+    )
+    return {**usual, "sliding_window": None}
+
+
 FAMILY = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("llama", llama_cpp.usual_keys, _refusal, takes_rope_factors=True),
+    gguf=GgufFamily("llama", llama_cpp.usual_keys, _refusal, takes_rope_factors=True, settings=_from_gguf),
     dense=DenseForm(_MISTRAL, parts.dense_tensors()),
 )

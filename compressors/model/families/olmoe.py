@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.mixers import QkNorm
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -73,11 +74,18 @@ def _refusal(spec: ModelSpec) -> str | None:
     )
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    usual = from_gguf.usual_settings(
+        keys, n_experts="num_experts", width="intermediate_size", width_key="feed_forward_length"
+    )
+    return {**usual, "norm_topk_prob": False}
+
+
 FAMILY = Family(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("olmoe", llama_cpp.usual_keys, _refusal),
+    gguf=GgufFamily("olmoe", llama_cpp.usual_keys, _refusal, settings=_from_gguf),
 )

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.feed_forward import Shared
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -87,11 +88,20 @@ def _refusal(spec: ModelSpec) -> str | None:
     )
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    return {
+        **from_gguf.usual_settings(keys, n_experts="num_experts", width="moe_intermediate_size"),
+        "shared_expert_intermediate_size": keys.count("expert_shared_feed_forward_length"),
+        "qkv_bias": keys.has_tensor("blk.{layer}.attn_q.bias"),
+        "norm_topk_prob": False,
+    }
+
+
 FAMILY = Family(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("qwen2moe", _keys, _refusal),
+    gguf=GgufFamily("qwen2moe", _keys, _refusal, settings=_from_gguf),
 )

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, DenseForm, Family, GgufFamily, GgufValue
 from compressors.model.description.mixers import QkNorm
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -83,12 +84,18 @@ _QWEN3 = Family(
     gguf=GgufFamily("qwen3", llama_cpp.usual_keys),
 )
 
+
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    usual = from_gguf.usual_settings(keys, n_experts="num_experts", width="moe_intermediate_size")
+    return {**usual, "norm_topk_prob": True}
+
+
 FAMILY = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("qwen3moe", _keys, _refusal),
+    gguf=GgufFamily("qwen3moe", _keys, _refusal, settings=_from_gguf),
     dense=DenseForm(_QWEN3, parts.dense_tensors()),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.roles import Role
@@ -48,12 +49,16 @@ def _settings(spec: ModelSpec) -> ConfigValues:
     return gated_delta.settings(spec) | {"norm_topk_prob": normalizes}
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    return {**gated_delta.from_keys(keys), "norm_topk_prob": True}
+
+
 FAMILY = Family(
     model_type="qwen3_next",
     architecture="Qwen3NextForCausalLM",
     read=_read,
     edited=gated_delta.edited,
     settings=_settings,
-    gguf=GgufFamily("qwen3next", gated_delta.gguf_keys, gated_delta.refusal),
+    gguf=GgufFamily("qwen3next", gated_delta.gguf_keys, gated_delta.refusal, settings=_from_gguf),
     skipped=(gated_delta.MTP,),
 )

@@ -12,7 +12,7 @@ from compressors.model import families
 from compressors.model.description.family import Family
 from compressors.model.errors import UnsupportedError
 
-__all__ = ["family_for", "supported_families"]
+__all__ = ["families_of_architecture", "family_for", "supported_families"]
 
 
 @cache
@@ -38,4 +38,12 @@ def family_for(model_type: str, where: Path | None = None) -> Family:
     prefix = f"{where}: " if where else ""
     raise UnsupportedError(
         f"{prefix}model_type {model_type!r} is not a supported MoE family; supported are {', '.join(sorted(found))}"
+    )
+
+
+def families_of_architecture(architecture: str) -> tuple[Family, ...]:
+    """The families whose GGUF files have this architecture and can be read."""
+    found = dict.fromkeys(supported_families().values())
+    return tuple(
+        family for family in found if family.gguf.architecture == architecture and family.gguf.settings is not None
     )

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import expert_layers, llama_cpp, parts
+from compressors.model.families.shared import expert_layers, from_gguf, llama_cpp, parts
 
 __all__ = ["FAMILY"]
 
@@ -66,11 +67,22 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
     return {**llama_cpp.usual_keys(spec, "expert_feed_forward_length"), **expert_layers.gguf_keys(spec)}
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues | None:
+    """The settings; None for a GLM-4.5, of the same architecture, whose first layers are dense."""
+    if keys.count("leading_dense_block_count", 0):
+        return None
+    return {
+        **from_gguf.usual_settings(keys, n_experts="n_routed_experts", width="moe_intermediate_size"),
+        **expert_layers.from_keys(keys),
+        "attention_bias": keys.has_tensor("blk.{layer}.attn_q.bias"),
+    }
+
+
 FAMILY = Family(
     model_type="solar_open",
     architecture="SolarOpenForCausalLM",
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("glm4moe", _keys),
+    gguf=GgufFamily("glm4moe", _keys, settings=_from_gguf),
 )

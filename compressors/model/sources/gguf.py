@@ -45,6 +45,7 @@ class GgufWeights:
     Args:
         path: the file.
         spec: the model that it should hold.
+        file: the file, if it was opened already.
 
     Raises:
         InputError: the file is missing, truncated or not GGUF, or lacks a tensor of this model.
@@ -52,8 +53,8 @@ class GgufWeights:
 
     dtype = torch.float32
 
-    def __init__(self, path: Path, spec: ModelSpec) -> None:
-        self._file = GgufFile(path)
+    def __init__(self, path: Path, spec: ModelSpec, file: GgufFile | None = None) -> None:
+        self._file = GgufFile(path) if file is None else file
         self._spec = spec
         self._values = ReplacedValues({})
         self._parts = {
@@ -68,6 +69,32 @@ class GgufWeights:
         """The type of a tensor, or of one of its parts where it has several."""
         parts = self._parts.get((role, layer))
         return GGMLQuantizationType.F32 if parts is None else parts[part].entry.ggml_type
+
+    def stored_types(self, role: Role, layer: int | None) -> tuple[GGMLQuantizationType, ...]:
+        """The types of the parts of a tensor, of all experts' where it is theirs."""
+        return tuple(part.entry.ggml_type for part in self._parts.get((role, layer), ()))
+
+    def stored_rows(
+        self, role: Role, layer: int | None, part: int, rows: slice, expert: int | None = None
+    ) -> torch.Tensor:
+        """Rows of a part of a tensor as they are stored, uint8 [rows, bytes].
+
+        Args:
+            role: the role of the tensor.
+            layer: its layer.
+            part: the number of the part, where the file holds the tensor in several.
+            rows: the rows, counted from the expert's first one.
+            expert: the expert; None: the tensor is no expert's.
+        """
+        entry = self._parts[role, layer][part].entry
+        n_rows = prod(entry.shape[:-1] if expert is None else entry.shape[1:-1])
+        start, stop, _ = rows.indices(n_rows)
+        first = start if expert is None else expert * n_rows + start
+        return torch.from_numpy(self._file.read_rows(entry, first, stop - start))
+
+    def claimed(self) -> frozenset[str]:
+        """The names of the file's tensors that hold the model."""
+        return frozenset(part.entry.name for parts in self._parts.values() for part in parts)
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role outside of experts, float32."""

@@ -15,6 +15,7 @@ import torch
 from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 
 __all__ = ["Origin", "Source"]
 
@@ -90,8 +91,25 @@ class Source(Origin, Protocol):
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out``, contiguous, with one expert's gate [F, D], up [F, D] or down [D, F] projection."""
 
-    def mxfp4_rows(self, role: Role, layer: int, expert: int) -> torch.Tensor | None:
-        """One expert's projection in ggml's type MXFP4, uint8 [rows, bytes]; None if it is stored in another way."""
+    def stored_types(self, role: Role, layer: int | None) -> tuple[GGMLQuantizationType, ...]:
+        """ggml's types of a tensor's blocks, of each expert's where it is theirs: one for each part in a GGUF file.
+
+        Empty where the files hold it in another way. A part that is written in its type again loses nothing, and its
+        bytes are those of :meth:`stored_rows`.
+        """
+
+    def stored_rows(
+        self, role: Role, layer: int | None, part: int, rows: slice, expert: int | None = None
+    ) -> torch.Tensor:
+        """Rows of a part in its type of :meth:`stored_types`, uint8 [rows, bytes].
+
+        Args:
+            role: the role of the tensor.
+            layer: its layer.
+            part: the number of the part.
+            rows: the rows as a GGUF file has them, counted from the expert's first one.
+            expert: the expert; None: the tensor is no expert's.
+        """
 
     def identity(self) -> str:
         """A SHA-256 that is equal for equal settings and equal headers of the weights."""

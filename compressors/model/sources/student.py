@@ -20,6 +20,7 @@ from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.weight_file import StoredTensors
 from compressors.model.sources.source import Source
 from compressors.model.sources.weights import Weights, WrittenWeights
@@ -215,14 +216,38 @@ class Student:
         else:
             self._weights.read_expert(role, layer, expert, out)
 
-    def mxfp4_rows(self, role: Role, layer: int, expert: int) -> torch.Tensor | None:
-        """Returns one expert's projection in ggml's MXFP4, without loss: uint8 [rows, bytes].
+    def stored_types(
+        self, role: Role, layer: int | None, expert: int | None = None
+    ) -> tuple[GGMLQuantizationType, ...]:
+        """ggml's types in which the source holds a tensor that the student has unchanged.
 
-        None: it is stored in another way, or was changed.
+        There is one for each part that a GGUF file has of it; none if it is stored in another way, or was changed.
+
+        Args:
+            role: the role of the tensor.
+            layer: its layer.
+            expert: the expert that must be unchanged; None: all experts of the layer must be, where it is theirs.
         """
-        if self.name(role, layer, expert) in self.overlay or not isinstance(self._weights, _KeptWeights):
-            return None
-        return self._weights.mxfp4_rows(role, layer, expert)
+        names = self._names(role, layer) if expert is None else [self.name(role, layer, expert)]
+        if not isinstance(self._weights, _KeptWeights) or any(name in self.overlay for name in names):
+            return ()
+        return self._weights.stored_types(role, layer)
+
+    def stored_rows(
+        self, role: Role, layer: int | None, part: int, rows: slice, expert: int | None = None
+    ) -> torch.Tensor:
+        """Rows of a part in its type of :meth:`stored_types`, uint8 [rows, bytes].
+
+        The arguments are those of :meth:`~compressors.model.sources.source.Source.stored_rows`.
+        """
+        assert isinstance(self._weights, _KeptWeights), "only what the source stores is asked for"
+        return self._weights.stored_rows(role, layer, part, rows, expert)
+
+    def _names(self, role: Role, layer: int | None) -> list[str]:
+        """The names of a role's tensors in a layer: all experts', or the one."""
+        if layer is None or not self.spec.tensor(role, layer).is_per_expert:
+            return [self.name(role, layer)]
+        return [self.name(role, layer, expert) for expert in range(self.spec.layers[layer].n_experts)]
 
     @property
     def expert_dtype(self) -> torch.dtype:
@@ -279,9 +304,16 @@ class _KeptWeights:
         came_from = self._experts.layers[layer]
         self._source.read_expert(role, came_from.source, came_from.kept[expert], out)
 
-    def mxfp4_rows(self, role: Role, layer: int, expert: int) -> torch.Tensor | None:
-        came_from = self._experts.layers[layer]
-        return self._source.mxfp4_rows(role, came_from.source, came_from.kept[expert])
+    def stored_types(self, role: Role, layer: int | None) -> tuple[GGMLQuantizationType, ...]:
+        if self._experts_axis(role, layer) is not None:
+            return ()  # its rows or columns are others
+        return self._source.stored_types(role, self._layer(layer))
+
+    def stored_rows(self, role: Role, layer: int | None, part: int, rows: slice, expert: int | None) -> torch.Tensor:
+        came_from = None if layer is None else self._experts.layers[layer]
+        if came_from is not None and expert is not None:
+            expert = came_from.kept[expert]
+        return self._source.stored_rows(role, self._layer(layer), part, rows, expert)
 
     def _layer(self, layer: int | None) -> int | None:
         return None if layer is None else self._experts.layers[layer].source

@@ -35,6 +35,7 @@ class PlannedTensor:
         ggml_type: its type.
         described: the model's tensor as the file holds it; None: the values are made from ``config.json``.
         transform: makes its values from those of the model's tensor, or of each expert's tensor.
+        part: its number among the parts of the model's tensor.
         n_experts: the number of experts whose matrices it consists of; 0: it is made from one tensor.
         values: its values, if they are made from ``config.json``.
     """
@@ -46,6 +47,7 @@ class PlannedTensor:
     ggml_type: GGMLQuantizationType
     described: TensorSpec | None
     transform: Transform = SAME
+    part: int = 0
     n_experts: int = 0
     values: tuple[float, ...] | None = None
 
@@ -109,11 +111,11 @@ def _parts(described: TensorSpec, layer: int | None, spec: ModelSpec) -> Iterato
     sizes = {} if layer is None else spec.written.layers[layer].sizes
     source = spec.tensor(described.role, layer)
     n_experts = spec.layers[layer].n_experts if layer is not None and source.is_per_expert else 0
-    for part in described.gguf_parts:
+    for number, part in enumerate(described.gguf_parts):
         shape = part.transform.shape(dimensions, sizes)
         shape = (n_experts, *shape) if described.is_per_expert else shape
         name = part.name.format(layer=layer)
-        yield PlannedTensor(name, described.role, layer, shape, _F32, described, part.transform, n_experts)
+        yield PlannedTensor(name, described.role, layer, shape, _F32, described, part.transform, number, n_experts)
 
 
 def _with_types(tensors: Sequence[PlannedTensor], types: Mapping[str, str]) -> tuple[PlannedTensor, ...]:

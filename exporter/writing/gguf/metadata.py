@@ -18,7 +18,7 @@ from exporter.publishing.model_name import hub_id
 from exporter.writing.gguf.container import Value, string, uint32, value_of
 from exporter.writing.gguf.layout import quantization
 
-__all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_license"]
+__all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_ancestors", "source_license"]
 
 _HUB_URL = "https://huggingface.co"
 _LARGEST_CARD = 16_000_000  # bytes
@@ -93,8 +93,7 @@ def _architecture(spec: ModelSpec) -> dict[str, Value]:
 def _base_models(path: Path, card: Mapping[str, Any]) -> dict[str, Value]:
     """The model this one was made of: the hub's name for the source, else what the source says about itself."""
     source = hub_id(path)
-    named = card.get("base_model") or []
-    ancestors = [source] if source else [named] if isinstance(named, str) else list(named)
+    ancestors = [source] if source else _named_ancestors(card)
     if not ancestors:
         return {}
     values = {"general.base_model.count": uint32(len(ancestors))}
@@ -105,6 +104,11 @@ def _base_models(path: Path, card: Mapping[str, Any]) -> dict[str, Value]:
             values[f"general.base_model.{index}.organization"] = string(organization)
             values[f"general.base_model.{index}.repo_url"] = string(f"{_HUB_URL}/{ancestor}")
     return values
+
+
+def _named_ancestors(card: Mapping[str, Any]) -> list[str]:
+    named = card.get("base_model") or []
+    return [named] if isinstance(named, str) else list(named)
 
 
 def _model_card(folder: Path) -> Mapping[str, str | list[str]]:
@@ -142,6 +146,15 @@ def source_license(source: Origin) -> str | None:
         InputError: the front matter of the source's README.md cannot be read.
     """
     return _joined(_model_card(source.tokenizer_folder).get("license")) or None
+
+
+def source_ancestors(source: Origin) -> list[str]:
+    """The models that the source's model card names as those it was made of.
+
+    Raises:
+        InputError: the front matter of the source's README.md cannot be read.
+    """
+    return _named_ancestors(_model_card(source.tokenizer_folder))
 
 
 def _joined(entry: object) -> str:

@@ -11,7 +11,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.gguf.ggml_types import BLOCK_SIZES
 from compressors.model.sources.student import Student
-from compressors.quantize import GGMLQuantizationType
+from compressors.quantize import QUANTIZABLE_TYPES, GGMLQuantizationType
 from compressors.sensitivity import (
     Candidate,
     Quantizer,
@@ -26,10 +26,13 @@ from compressors.sensitivity.sampling import SAMPLED_WEIGHTS
 from exporter.writing.gguf.container import aligned
 from exporter.writing.gguf.layout import PlannedTensor, plan_tensors
 
-__all__ = ["ALLOCATED_TYPES", "DecodeCost", "gguf_type_table", "plan_gguf_units", "weights_of_a_token"]
+__all__ = ["ALLOCATED_TYPES", "DecodeCost", "StoredTypes", "gguf_type_table", "plan_gguf_units", "weights_of_a_token"]
 
 DecodeCost = Callable[[str, int], float]
 """(a type's name, the number of weights that a token is multiplied with) -> seconds."""
+
+StoredTypes = Callable[[Role, int | None], tuple[GGMLQuantizationType, ...]]
+"""(a role, a layer) -> the types in which the source stores the parts of a tensor that is unchanged; empty: none."""
 
 _T = GGMLQuantizationType
 
@@ -62,6 +65,7 @@ def plan_gguf_units(
     feedback: bool = False,
     quantizers: Mapping[GGMLQuantizationType, Quantizer | None] | None = None,
     decode_cost: DecodeCost | None = None,
+    stored: StoredTypes = lambda _role, _layer: (),
 ) -> list[UnitPlan]:
     """A unit for each matrix of the model, in the file's order, with those types that fit the rows of all its parts.
 
@@ -71,6 +75,7 @@ def plan_gguf_units(
         feedback: True if error feedback reduces the errors (:func:`~compressors.sensitivity.feedback_factor`).
         quantizers: quantizers in place of ggml's kernels for some types; None: the type holds the weights exactly.
         decode_cost: decoding time in the runtime; None: time does not count.
+        stored: the source's types; in its own type a tensor is exact, whatever its quantizer does.
 
     Raises:
         UnsupportedError: llama.cpp cannot represent the model.
@@ -81,15 +86,21 @@ def plan_gguf_units(
         parts = list(of_place)
         names = tuple(tensor.name for tensor in parts)
         n_used = sum(weights_of_a_token(spec, tensor) for tensor in parts)
-        candidates = []
-        for ggml_type in types:
+        candidates, own = [], _own_type(stored(*place))
+        for ggml_type in types if own is None or own in types else (*types, own):
             if all(tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0 for tensor in parts):
                 n_bytes = sum(aligned(replace(tensor, ggml_type=ggml_type).n_bytes) for tensor in parts)
                 quantize, factor = _errors(ggml_type, feedback, quantizers or {})
+                quantize = None if ggml_type is own else quantize
                 seconds = 0.0 if decode_cost is None else decode_cost(ggml_type.name, n_used)
                 candidates.append(Candidate(ggml_type.name, n_bytes, quantize, factor, seconds))
         plans.append(UnitPlan(names[0], names, (place,), tuple(candidates)))
     return plans
+
+
+def _own_type(stored: Sequence[GGMLQuantizationType]) -> GGMLQuantizationType | None:
+    """The one type in which the source stores all parts of a tensor; None if there is none that can be written."""
+    return stored[0] if len(set(stored)) == 1 and stored[0] in QUANTIZABLE_TYPES else None
 
 
 def gguf_type_table(

@@ -15,9 +15,8 @@ import torch
 
 from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
-from compressors.model.description.transforms import SAME
 from compressors.model.sources.student import Student
-from compressors.quantize import GGMLQuantizationType, quantize_rows, row_bytes
+from compressors.quantize import quantize_rows, row_bytes
 from compressors.quantize.feedback import TYPES_WITH_FEEDBACK, Feedback, quantize_rows_with_feedback
 from exporter.writing.feedback import ExpertFeedback, StudentFeedback
 from exporter.writing.gguf.container import aligned
@@ -172,12 +171,13 @@ class _Matrices:
 
 
 def _stored_rows(student: Student, rows: _Rows) -> torch.Tensor | None:
-    """The rows as the source has them, where they are written in its type."""
+    """The rows as the source has them, where they are unchanged and written in its type."""
     tensor = rows.tensor
-    is_alike = tensor.ggml_type is GGMLQuantizationType.MXFP4 and tensor.transform is SAME
-    if not is_alike or rows.expert is None or tensor.layer is None:
+    types = student.stored_types(tensor.role, tensor.layer, rows.expert) if tensor.is_matrix else ()
+    if tensor.part >= len(types) or types[tensor.part] is not tensor.ggml_type:
         return None
-    return student.mxfp4_rows(tensor.role, tensor.layer, rows.expert)
+    wanted = rows.rows if rows.expert is None else slice(None)
+    return student.stored_rows(tensor.role, tensor.layer, tensor.part, wanted, rows.expert)
 
 
 def _source_rows(student: Student, tensor: PlannedTensor, rows: slice) -> torch.Tensor:

@@ -98,15 +98,16 @@ def test_a_student_s_rows_for_ggml_are_its_own_experts(both: tuple[Path, Path]) 
     source = Checkpoint(both[0])
     student = Student(source, ExpertMap.keeping(8, [(5, 2), (7, 0)]))
     for role in _ROLES:
-        rows_RY = student.mxfp4_rows(role, 1, 1)
-        assert rows_RY is not None
+        assert student.stored_types(role, 1) == (GGMLQuantizationType.MXFP4,)
+        rows_RY = student.stored_rows(role, 1, 0, slice(None), 1)
         n_values = source.spec.dimensions(role, 1)[1]
         found = torch.from_numpy(dequantize_rows(rows_RY.numpy(), GGMLQuantizationType.MXFP4, n_values))
         assert torch.equal(found, source.expert(role, 1, 0).float())
     changed = student.with_overlay({student.name(Role.EXPERT_UP, 1, 1): torch.zeros(96, 64)})
-    assert changed.mxfp4_rows(Role.EXPERT_UP, 1, 1) is None
-    assert changed.mxfp4_rows(Role.EXPERT_UP, 1, 0) is not None
-    assert Student.teacher(Checkpoint(both[1])).mxfp4_rows(Role.EXPERT_UP, 1, 1) is None
+    assert not changed.stored_types(Role.EXPERT_UP, 1) and not changed.stored_types(Role.EXPERT_UP, 1, 1)
+    assert changed.stored_types(Role.EXPERT_UP, 1, 0)
+    assert not student.stored_types(Role.QUERY, 1)
+    assert not Student.teacher(Checkpoint(both[1])).stored_types(Role.EXPERT_UP, 1)
 
 
 def test_codes_without_scales_are_named(damaged: Path) -> None:

@@ -17,9 +17,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from compressors.model.errors import InputError
+from compressors.model.files.gguf.pre_tokenizers import PRE_TOKENIZERS
 from compressors.model.files.tokenizer_files import copy_tokenizer_files, load_tokenizer, tokens_of
 from compressors.model.files.vocabularies.tiktoken import find_ranks
-from exporter.writing.gguf.vocabulary.pre_tokenizer_table import PRE_TOKENIZERS
 from tests.difficult_texts import difficult_texts
 from tests.llama_vocabulary import llama_tokens
 

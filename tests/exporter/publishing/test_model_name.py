@@ -43,6 +43,29 @@ def test_a_local_model_is_known_by_its_absolute_path_and_a_hub_id_as_it_is(
     assert local_path("org/Big-MoE") == "org/Big-MoE"
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "Big-MoE-Q8_0.gguf",
+        "Big-MoE.Q4_K_M.gguf",
+        "Big-MoE-128x1.5B-Q3_MIX.gguf",
+        "Big-MoE-IQ2_XXS-00001-of-00003.gguf",
+        "Big-MoE-MXFP4_MOE.gguf",
+        "Big-MoE.gguf",
+    ],
+)
+def test_a_gguf_file_has_the_name_that_it_begins_with(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).touch()
+    assert model_name(str(tmp_path / file)) == model_name(f"owner/name/{file}") == "Big-MoE"
+
+
+def test_a_link_to_a_gguf_file_keeps_its_name(tmp_path: Path) -> None:
+    """As in the hub's cache, where files are links to others that are named by their hashes."""
+    (tmp_path / "blob").touch()
+    (tmp_path / "x.gguf").symlink_to(tmp_path / "blob")
+    assert local_path(str(tmp_path / "x.gguf")) == str(tmp_path / "x.gguf")
+
+
 def test_an_original_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone, which these files were made from, is not there .* with --against"):
         resolve_original(None, {"model": str(tmp_path / "gone"), "revision": None})

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from compressors.model.config.reading import read_spec
 from compressors.model.config.special_tokens import special_tokens
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.files.gguf.pre_tokenizers import PRE_TOKENIZERS
 from compressors.model.files.tokenizer_files import load_tokenizer, tokens_of
 from exporter.validation.vocabulary_check import vocabulary_deviations
 from exporter.writing.gguf.container import render_header, render_values, string
 from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
-from exporter.writing.gguf.vocabulary.pre_tokenizer_table import PRE_TOKENIZERS
 from exporter.writing.tokenizer_copy import write_tokenizer
 from validate.vocabulary.tokenization import AWKWARD_TEXTS, texts_around
 from validate.vocabulary.vocabulary_process import LlamaTokens, ask_llama_cpp

@@ -20,6 +20,7 @@ from compressors.calibration.splits import read_splits
 from compressors.model.config.reading import read_spec
 from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.source import Source
@@ -80,8 +81,13 @@ class _InMemory:
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         out.copy_(self._named(role, layer, expert))
 
-    def mxfp4_rows(self, role: Role, layer: int, expert: int) -> torch.Tensor | None:
-        return None
+    def stored_types(self, role: Role, layer: int | None) -> tuple[GGMLQuantizationType, ...]:
+        return ()
+
+    def stored_rows(
+        self, role: Role, layer: int | None, part: int, rows: slice, expert: int | None = None
+    ) -> torch.Tensor:
+        raise AssertionError("nothing is stored in ggml's types")
 
     def identity(self) -> str:
         return "in memory"

@@ -18,6 +18,7 @@ from compressors.calibration.splits import read_splits
 from compressors.model.description.spec import MoeSize
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.files.gguf.gguf_file import GgufFile
+from compressors.model.sources.gguf_settings import gguf_setting_symptoms
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
@@ -33,7 +34,6 @@ from exporter.writing.onnx.writer import write_onnx
 from tests.altered import altered
 from tests.exporter.against_transformers import SAME, divergence, log_probs
 from validate.files.folder_settings import folder_setting_symptoms
-from validate.files.gguf_settings import gguf_setting_symptoms
 from validate.files.graph_settings import graph_setting_symptoms
 from validate.runtimes.backend import Backend
 from validate.runtimes.llama_cpp import LlamaCppBackend

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from compressors.model.files.gguf.gguf_file import GgufFile
+from compressors.model.sources.gguf_settings import gguf_setting_symptoms
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
@@ -19,7 +20,6 @@ from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, plan_tensors
 from exporter.writing.onnx.writer import write_onnx
 from tests.altered import altered
 from validate.files.file_facts import onnx_facts
-from validate.files.gguf_settings import gguf_setting_symptoms
 from validate.files.graph_settings import graph_setting_symptoms
 from validate.files.rope_factors import rope_factor_symptoms
 from validate.metrics.symptoms import setting_symptoms

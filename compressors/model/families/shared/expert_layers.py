@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.description.family import ConfigValues, GgufValue, SkippedPart
 from compressors.model.description.feed_forward import Dense, Routed, Shared
 from compressors.model.description.mixers import Mixer
@@ -17,7 +18,7 @@ from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
 
 __all__ = [
     "MTP",
@@ -26,6 +27,7 @@ __all__ = [
     "biased_sigmoid_experts",
     "dense_kinds",
     "edited",
+    "from_keys",
     "gguf_keys",
     "kinds_of_dense",
     "layers",
@@ -259,3 +261,21 @@ def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
     if rule.n_chosen_groups < rule.n_groups:
         keys |= {"expert_group_count": rule.n_groups, "expert_group_used_count": rule.n_chosen_groups}
     return keys
+
+
+def from_keys(keys: GgufKeys, spelling: Spelling = USUAL, *, normalizes: str = "norm_topk_prob") -> dict[str, Any]:
+    """The settings of the feed-forwards, made of a file's keys: the inverse of :func:`gguf_keys`.
+
+    Args:
+        keys: the file's.
+        spelling: the family's keys in ``config.json``.
+        normalizes: the family's key of the normalisation.
+    """
+    return {
+        **from_gguf.dense_width(keys),
+        spelling.n_shared: keys.count("expert_shared_count"),
+        spelling.scale: keys.number("expert_weights_scale", 1.0),
+        normalizes: keys.flag("expert_weights_norm", default=False),
+        "n_group": keys.count("expert_group_count", 1) or 1,
+        "topk_group": keys.count("expert_group_used_count", 1) or 1,
+    }

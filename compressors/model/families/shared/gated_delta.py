@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.description.family import ConfigValues, GgufValue, SkippedPart
 from compressors.model.description.feed_forward import Routed, Shared
@@ -20,7 +21,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, NormKind, TensorSpec
 from compressors.model.description.transforms import SAME, Chain, NegativeExponential, Squeezed, Transform
 from compressors.model.errors import InputError
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
 
 __all__ = [
     "DEFAULTS",
@@ -28,6 +29,7 @@ __all__ = [
     "GGUF",
     "MTP",
     "edited",
+    "from_keys",
     "gguf_keys",
     "matrix",
     "model",
@@ -261,6 +263,26 @@ def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
         "ssm.time_step_rank": delta.n_value_heads,
         "ssm.inner_size": delta.width,
         "attention.recurrent_layers": tuple(layer.mixer.is_recurrent for layer in spec.layers),
+    }
+
+
+def from_keys(keys: GgufKeys) -> dict[str, Any]:
+    """The settings of a model, made of a file's keys: the inverse of :func:`gguf_keys`."""
+    usual = from_gguf.usual_settings(keys, n_experts="num_experts", width="moe_intermediate_size")
+    n_layers = usual["num_hidden_layers"]
+    if "attention.recurrent_layers" in keys:
+        are_recurrent = keys.by_layer("attention.recurrent_layers", n_layers)
+    else:  # llama.cpp's converter writes an interval
+        interval = max(1, keys.count("full_attention_interval", _USUAL_INTERVAL))
+        are_recurrent = tuple((index + 1) % interval for index in range(n_layers))
+    return usual | {
+        "layer_types": [_RECURRENT if is_recurrent else _ATTENDING for is_recurrent in are_recurrent],
+        "shared_expert_intermediate_size": keys.count("expert_shared_feed_forward_length"),
+        "linear_num_key_heads": keys.count("ssm.group_count"),
+        "linear_num_value_heads": keys.count("ssm.time_step_rank"),
+        "linear_key_head_dim": keys.count("ssm.state_size"),
+        "linear_value_head_dim": keys.count("ssm.state_size"),
+        "linear_conv_kernel_dim": keys.count("ssm.conv_kernel"),
     }
 
 

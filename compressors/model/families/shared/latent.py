@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.description.family import GgufValue
 from compressors.model.description.feed_forward import Routed
@@ -16,11 +17,12 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, TensorSpec
 from compressors.model.description.transforms import HeadMatrices
 from compressors.model.errors import InputError
-from compressors.model.families.shared import expert_layers, parts
+from compressors.model.families.shared import expert_layers, from_gguf, parts
 
 __all__ = [
     "ROPE",
     "biased_sigmoid_experts",
+    "from_keys",
     "gguf_keys",
     "gguf_refusal",
     "mixer_tensors",
@@ -188,6 +190,27 @@ def gguf_keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
         "rope.dimension_count": mixer.rotary_dim,
     }
     return keys | expert_layers.gguf_keys(spec) | {"vocab_size": spec.vocab_size}
+
+
+def from_keys(keys: GgufKeys) -> dict[str, Any]:
+    """The settings of a model, made of a file's keys: the inverse of :func:`gguf_keys`."""
+    n_heads, rotary_dim = keys.count("attention.head_count"), keys.count("rope.dimension_count")
+    return {
+        **from_gguf.model_settings(keys),
+        **from_gguf.rope_settings(keys, rotary_dim),
+        **expert_layers.from_keys(keys),
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_heads,
+        "q_lora_rank": keys.count("attention.q_lora_rank", 0) or None,
+        "kv_lora_rank": keys.count("attention.kv_lora_rank"),
+        "qk_nope_head_dim": keys.count("attention.key_length_mla") - rotary_dim,
+        "qk_rope_head_dim": rotary_dim,
+        "v_head_dim": keys.count("attention.value_length_mla"),
+        "n_routed_experts": keys.count("expert_count"),
+        "num_experts_per_tok": keys.count("expert_used_count"),
+        "moe_intermediate_size": keys.count("expert_feed_forward_length"),
+        "first_k_dense_replace": keys.count("leading_dense_block_count", 0),
+    }
 
 
 def gguf_refusal(spec: ModelSpec) -> str | None:

@@ -7,6 +7,7 @@ here the single values of the metadata are kept, the arrays with a number for ea
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,6 +89,40 @@ class GgufFile:
         if (n_parts := self.metadata.get(COUNT_KEY, 1)) not in (0, 1):
             self._add_parts(n_parts)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file, or all parts in their order."""
+        return tuple(part.path for part in self._parts)
+
+    def header_digest(self) -> str:
+        """SHA-256 over sizes and headers of all parts; equal for equal tensors and metadata."""
+        digest = hashlib.sha256()
+        for part in self._parts:
+            digest.update(f"{part.file.size} ".encode() + part.file.start(part.header.n_bytes))
+        return digest.hexdigest()
+
+    def stored_values(self, prefix: str) -> dict[str, bytes]:
+        """The metadata under keys that begin so, as the file has it: the code of its type, and its bytes."""
+        first = self._parts[0]
+        return {
+            key: first.file.start(stop - start, start)
+            for key, (start, stop) in first.header.places.items()
+            if key.startswith(prefix)
+        }
+
+    def array(self, key: str) -> tuple[Any, ...] | None:
+        """The items of an array of the metadata, however long it is; None if the file has no such array.
+
+        Raises:
+            InputError: it holds arrays, or texts that are not UTF-8.
+        """
+        if key not in self.array_lengths:
+            return None
+        try:
+            return _items(self.stored_values(key)[key])
+        except (ValueError, struct.error) as error:
+            raise InputError(f"{self.path}: {key} cannot be read ({error}); write the file again") from None
+
     def path_of(self, entry: GgufEntry) -> Path:
         """The file that holds a tensor."""
         return self._parts[entry.part].path
@@ -153,6 +188,8 @@ class _Header:
         self._part = part
         self.values: dict[str, Value] = {}
         self.array_lengths: dict[str, int] = {}
+        self.places: dict[str, tuple[int, int]] = {}  # where each value begins and ends
+        self.n_bytes = 0
 
     def tensors(self) -> dict[str, GgufEntry]:
         magic, version, n_tensors, n_values = self._numbers("<IIQQ")
@@ -162,10 +199,13 @@ class _Header:
             key = self._text()
             if key in self.values or key in self.array_lengths:
                 raise ValueError(f"its metadata has {shown(key)} twice")
+            start = self._stream.tell()
             self._read_value(key)
+            self.places[key] = start, self._stream.tell()
         entries = [self._entry() for _ in range(n_tensors)]
+        self.n_bytes = self._stream.tell()
         alignment = self._alignment()
-        data = -(-self._stream.tell() // alignment) * alignment
+        data = -(-self.n_bytes // alignment) * alignment
         found: dict[str, GgufEntry] = {}
         expected = data
         for name, shape, ggml_type, offset in entries:
@@ -244,6 +284,21 @@ class _Header:
         if len(data) < length:
             raise EOFError
         return data
+
+
+def _items(stored: bytes) -> tuple[Any, ...]:
+    """The items of an array as it is stored."""
+    _, kind, n_items = struct.unpack_from("<IIQ", stored)
+    at = struct.calcsize("<IIQ")
+    if kind != GGUFValueType.STRING:
+        return struct.unpack_from(f"<{n_items}{_layout(kind)[-1]}", stored, at)
+    texts = []
+    for _ in range(n_items):
+        (length,) = struct.unpack_from("<Q", stored, at)
+        at += 8
+        texts.append(stored[at : at + length].decode("utf-8"))
+        at += length
+    return tuple(texts)
 
 
 def _layout(kind: int) -> str:

@@ -17,7 +17,9 @@ from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import TensorSpec
+from compressors.model.description.transforms import SAME
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf.mxfp4 import MXFP4_SUFFIXES
 from compressors.model.files.json_file import read_json
 from compressors.model.files.safetensors_header import TensorHeader
@@ -167,10 +169,21 @@ class Checkpoint:
         else:
             fused.read(expert, out, self._read_into)
 
-    def mxfp4_rows(self, role: Role, layer: int, expert: int) -> torch.Tensor | None:
-        """One expert's projection in ggml's type MXFP4, uint8 [rows, bytes]; None if it is stored in another way."""
+    def stored_types(self, role: Role, layer: int | None) -> tuple[GGMLQuantizationType, ...]:
+        """ggml's MXFP4 for experts that are stored in it; nothing for all others."""
+        tensor = self.spec.tensor(role, layer)
+        is_mxfp4 = layer is not None and isinstance(self._fused(tensor, layer), Mxfp4Experts)
+        is_alike = [part.transform for part in tensor.gguf_parts] == [SAME]
+        return (GGMLQuantizationType.MXFP4,) if is_mxfp4 and is_alike else ()
+
+    def stored_rows(
+        self, role: Role, layer: int | None, part: int, rows: slice, expert: int | None = None
+    ) -> torch.Tensor:
+        """Rows of an expert in ggml's MXFP4, uint8 [rows, bytes]."""
+        assert layer is not None and expert is not None, "only experts are stored in blocks"
         fused = self._fused(self.spec.tensor(role, layer), layer)
-        return fused.ggml_rows(expert, self._read_into) if isinstance(fused, Mxfp4Experts) else None
+        assert isinstance(fused, Mxfp4Experts), "only such experts are asked for"
+        return fused.ggml_rows(expert, self._read_into)[rows]
 
     def identity(self) -> str:
         """SHA-256 over ``config.json`` and the header of every weight file: equal for equal checkpoints."""

@@ -31,8 +31,7 @@ _INSTEAD = (
     ),
     (
         r".*\.gguf",
-        "a GGUF file ({}), which is compressed already: give the original checkpoint; `moe-export validate` checks "
-        "GGUF files",
+        "a GGUF file ({}): give that file itself instead of its folder, the first one of several parts",
     ),
     (
         r".*\.onnx",

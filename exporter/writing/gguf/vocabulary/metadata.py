@@ -16,7 +16,9 @@ from typing import Any
 from gguf.constants import Keys, TokenType
 
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.files.tokenizer_files import files_state, load_tokenizer
+from compressors.model.sources.gguf_folder import VOCABULARY
 from exporter.writing.gguf.container import Value, int32_array, string, string_array
 from exporter.writing.gguf.vocabulary.pre_tokenizers import is_byte_level, known_pre_tokenizer, steps_of
 from exporter.writing.gguf.vocabulary.sentencepiece import SPACE_STEPS, sentencepiece_values
@@ -33,6 +35,8 @@ _CONTROL_MARKS = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
 def vocabulary_metadata(folder: Path, vocab_size: int) -> dict[str, Value]:
     """The ``tokenizer.*`` keys for the tokenizer in ``folder``, padded to ``vocab_size`` tokens.
 
+    Where the model is from a GGUF file they are that file's, byte for byte.
+
     The result is remembered for as long as the files do not change: planning asks for it again and again.
 
     Raises:
@@ -44,6 +48,8 @@ def vocabulary_metadata(folder: Path, vocab_size: int) -> dict[str, Value]:
 
 @functools.lru_cache(maxsize=2)
 def _vocabulary_metadata(folder: Path, vocab_size: int, state: object) -> Mapping[str, Value]:
+    if (folder / VOCABULARY).is_file():
+        return {key: Value(value) for key, value in GgufFile(folder / VOCABULARY).stored_values("").items()}
     path = folder / "tokenizer.json"
     loaded = load_tokenizer(folder)
     tokenizer = json.loads(loaded.backend_tokenizer.to_str())

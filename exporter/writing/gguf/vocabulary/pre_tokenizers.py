@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.errors import UnsupportedError
-from exporter.writing.gguf.vocabulary.pre_tokenizer_table import (
+from compressors.model.files.gguf.pre_tokenizers import (
     BYTE_LEVEL_WORDS,
     DIGIT,
     PRE_TOKENIZERS,

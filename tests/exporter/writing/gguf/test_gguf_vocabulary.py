@@ -17,6 +17,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from compressors.model.config.reading import read_spec
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.files.gguf.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_tokenizer import generation_config, tokenizer_config, tokenizer_json
 from exporter.writing.gguf.container import render_header, render_values
 from exporter.writing.gguf.metadata import model_metadata
 from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
@@ -63,6 +65,24 @@ def assert_same_tokens(folder: Path, path: Path, texts: Sequence[str]) -> None:
     with _llama_vocabulary(folder, path) as vocabulary:
         for text in texts:
             assert _llama_tokens(vocabulary, text) == tokenizer.encode(text).ids
+    _assert_turned_back(folder, path, texts)
+
+
+def _assert_turned_back(folder: Path, path: Path, texts: Sequence[str]) -> None:
+    """The files made of the vocabulary give the same tokens, and the same vocabulary when it is written again."""
+    file, back = GgufFile(path), path.parent / "back"
+    back.mkdir()
+    makers = {"tokenizer": tokenizer_json, "tokenizer_config": tokenizer_config, "generation_config": generation_config}
+    for name, make in makers.items():
+        (back / f"{name}.json").write_text(json.dumps(make(file)), encoding="utf-8")
+    vocab_size = read_spec(folder).vocab_size
+    assert vocabulary_metadata(back, vocab_size) == vocabulary_metadata(folder, vocab_size)
+    original, again = (Tokenizer.from_file(str(place / "tokenizer.json")) for place in (folder, back))
+    for text in texts:
+        tokens = again.encode(text, add_special_tokens=False).ids
+        assert tokens == original.encode(text, add_special_tokens=False).ids
+        assert again.encode(text).ids == original.encode(text).ids
+        assert again.decode(tokens, skip_special_tokens=False) == text
 
 
 def test_trained_models_tokenize_held_out_text_alike(family_folder: Path, tmp_path: Path, heldout_text: str) -> None:

@@ -15,9 +15,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from compressors.model.config.reading import read_spec
 from compressors.model.errors import UnsupportedError
+from compressors.model.files.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from exporter.validation.vocabulary_check import vocabulary_deviations
 from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
-from exporter.writing.gguf.vocabulary.pre_tokenizer_table import PRE_TOKENIZERS, PreTokenizer
 from exporter.writing.gguf.vocabulary.pre_tokenizers import known_pre_tokenizer
 from tests.difficult_texts import difficult_texts
 from tests.llama_vocabulary import llama_tokens

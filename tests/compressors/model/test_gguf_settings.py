@@ -11,7 +11,7 @@ from compressors.model.config.reading import read_spec
 from compressors.model.description.family import GgufValue
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
-from validate.files.gguf_settings import gguf_setting_symptoms
+from compressors.model.sources.gguf_settings import gguf_setting_symptoms
 
 _HEADS = "attention.head_count_kv"
 

@@ -27,6 +27,8 @@ _GATING_FUNCTIONS = {Score.SOFTMAX: 1, Score.SIGMOID: 2, Score.LOGITS: 3}
 """Values of expert_gating_func (``llama_expert_gating_func_type`` in ``src/llama-hparams.h``)."""
 
 
+_RECURRENT = "attention.recurrent_layers"
+
 _NEUTRAL: Mapping[str, tuple[MetadataValue, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -80,7 +82,10 @@ def expected_rope(spec: ModelSpec) -> GgufRope | None:
 
 
 def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], spec: ModelSpec) -> list[str]:
-    """Lists the settings of a GGUF file that do not fit this model: a sentence for each key."""
+    """Lists the settings of a GGUF file that do not fit this model: a sentence for each key.
+
+    A file that was made from it, or from which it was read, has none.
+    """
     architecture = spec.written.family.gguf.architecture
     found = metadata.get("general.architecture", "")
     if found != architecture:
@@ -90,12 +95,20 @@ def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], spec: ModelSpec
     trained = {rope.trained_context for rope in spec.ropes}
     if settings.get("context_length") in trained:  # longer than a window, which does no harm
         settings["context_length"] = spec.context_length
+    _put_list_for_interval(settings)
     symptoms = [
         f"{_NAMES.get(key, key)}: {_shown(settings.get(key))} in the file, {_shown(wanted)} in config.json"
         for key, wanted, default in _expected(spec)
         if not _is_same(settings.get(key, default), wanted)
     ]
     return [*symptoms, *_unexpected(settings, spec)]
+
+
+def _put_list_for_interval(settings: dict[str, MetadataValue]) -> None:
+    """Puts the list of recurrent layers in the place of an interval, which llama.cpp takes only without a list."""
+    interval, n_layers = settings.pop("full_attention_interval", None), settings.get("block_count")
+    if isinstance(interval, int) and interval > 0 and isinstance(n_layers, int) and _RECURRENT not in settings:
+        settings[_RECURRENT] = tuple((index + 1) % interval != 0 for index in range(n_layers))
 
 
 def _expected(spec: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataValue | None]]:

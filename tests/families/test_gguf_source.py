@@ -1,0 +1,79 @@
+"""A GGUF file of every family, read back as a source."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressors.model.config.config_check import check_against_transformers
+from compressors.model.running.streaming import StreamedModel
+from compressors.model.sources.gguf_source import GgufSource
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.writing.gguf.writer import write_gguf
+from tests.families.conftest import logits_of
+from tests.families.rows import Row
+
+_READ_AS = {"glm4_moe_lite": "deepseek_v3"}
+"""Families whose files say nothing that tells them from another, which computes the same."""
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path, row: Row, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if "gguf" not in row.formats:
+        pytest.skip("the family has no GGUF files")
+    path = tmp_path_factory.mktemp("gguf") / f"{folder.name}-F32.gguf"
+    write_gguf(Student.teacher(Checkpoint(folder)), "F32", path, name="toy", threads=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def original(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The checkpoint as its family has it: no file says whether YaRN truncates, which gpt-oss's checkpoints do not."""
+    config = json.loads((folder / "config.json").read_text())
+    scaling = config.get("rope_scaling") or {}
+    if "truncate" not in scaling:
+        return Checkpoint(folder)
+    copy = Path(shutil.copytree(folder, tmp_path_factory.mktemp("original") / folder.name))
+    scaling["truncate"] = False
+    (copy / "config.json").write_text(json.dumps(config))
+    return Checkpoint(copy)
+
+
+def test_its_description_is_the_original_s(original: Checkpoint, written: Path) -> None:
+    source, wanted = GgufSource(written), original.family.model_type
+    assert source.family.model_type == _READ_AS.get(wanted, wanted)
+    assert source.spec.rope.theta == pytest.approx(original.spec.rope.theta, rel=1e-7)
+    bases = {"theta": original.spec.rope.theta}  # files hold it in float32
+    layers = tuple(
+        replace(layer, mixer=replace(layer.mixer, rope=replace(layer.mixer.rope, **bases)))
+        if getattr(layer.mixer, "rope", None) is not None
+        else layer
+        for layer in source.spec.layers
+    )
+    tokens = {"pad_token_id": original.spec.pad_token_id}  # the tokenizer names one that config.json does not
+    assert replace(source.spec, family=original.family, layers=layers, **tokens) == original.spec
+    check_against_transformers(source.config, source.config_path, source.spec)
+
+
+def test_it_is_written_again_byte_for_byte(written: Path, tmp_path: Path) -> None:
+    source = GgufSource(written)
+    write_gguf(Student.teacher(source), "F32", tmp_path / "again.gguf", name="toy", threads=1)
+    assert (tmp_path / "again.gguf").read_bytes() == written.read_bytes()
+
+
+@torch.no_grad()
+def test_pruned_it_computes_what_the_pruned_original_does(
+    original: Checkpoint, written: Path, blocks_BT: torch.Tensor
+) -> None:
+    found = []
+    for source in (original, GgufSource(written)):
+        kept = [(0, 2, 3, 5, 6, 7) if layer.routed is not None else () for layer in source.spec.layers]
+        student = Student(source, ExpertMap.keeping(source.spec.n_experts, kept))
+        found.append(logits_of(StreamedModel(student), blocks_BT))
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
