@@ -189,3 +189,11 @@ def test_an_unknown_expression_is_refused_with_the_nearest(
     assert f"the pre-tokenizer {other!r} is not known to be in llama.cpp" in message
     assert f"; the nearest that it has is {name}, with " in message
     assert message.endswith("; use --formats onnx")
+
+
+def test_the_page_names_every_rule_and_its_differences() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "tokenizers.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for rule in PRE_TOKENIZERS:
+        (row,) = [line for line in rows if f"`{rule.name}`" in line.split("|")[1]]
+        assert bool(row.split("|")[3].strip()) == bool(rule.differs)
