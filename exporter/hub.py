@@ -19,11 +19,21 @@ from huggingface_hub.errors import (
 
 from compressors.model.errors import InputError
 from compressors.model.files.regular_file import refuse_special
+from compressors.model.files.vocabularies.made_files import MADE_OF
 
 __all__ = ["bundled_text", "resolve_model", "resolve_original"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
-_WANTED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja", "README.md", "LICENSE*"]
+_WANTED_FILES = [
+    "*.json",
+    "*.safetensors",
+    "tokenizer.model",
+    "merges.txt",
+    *MADE_OF,
+    "*.jinja",
+    "README.md",
+    "LICENSE*",
+]
 # Other formats in subfolders, and a second copy of the weights in the trainer's own naming.
 _UNWANTED_FILES = ["*/*", "consolidated*"]
 
