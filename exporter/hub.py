@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.gguf_split import split_parts
 from compressors.model.files.regular_file import refuse_special
+from compressors.model.files.vocabularies.made_files import MADE_OF
 from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
 from compressors.model.sources.hugging_face.weight_folder import INDEX
 
@@ -27,7 +28,16 @@ __all__ = ["bundled_text", "resolve_model", "resolve_original"]
 
 _HUB_FILE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)/(?P<file>[\w./-]+\.gguf)", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
-_WANTED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja", "README.md", "LICENSE*"]
+_WANTED_FILES = [
+    "*.json",
+    "*.safetensors",
+    "tokenizer.model",
+    "merges.txt",
+    *MADE_OF,
+    "*.jinja",
+    "README.md",
+    "LICENSE*",
+]
 _FIRST_FILES = ["config.json", INDEX]  # they show whether the family is known, before the weights are downloaded
 # Other formats in subfolders, and a second copy of the weights in the trainer's own naming.
 _UNWANTED_FILES = ["*/*", "consolidated*"]

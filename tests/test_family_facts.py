@@ -66,6 +66,10 @@ _ANOTHER_MEANING = {
     # a value in our graphs, and a line of what inspect prints
     "exporter/inspection.py": {"feed_forward"},
     "exporter/writing/onnx/blocks/dense.py": {"feed_forward"},
+    # llama.cpp's names for tokenizers
+    "exporter/writing/gguf/vocabulary/pre_tokenizer_table.py": {"afmoe"},
+    "exporter/writing/gguf/vocabulary/sentencepiece.py": {"gemma4"},
+    "validate/vocabulary/special_token_check.py": {"gemma4"},
     # names in our recipes
     "exporter/writing/onnx/encodings.py": {"q_proj", "k_proj", "v_proj", "o_proj"},
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from compressors.model.config.special_tokens import configured_tokens
+from compressors.model.files.tokenizer_files import class_with_other_words
 from compressors.model.files.vocabularies.made_files import named_code
 from compressors.model.sources.source import Source
 from exporter.publishing.settings_deviations import settings_deviations
@@ -46,6 +47,12 @@ def _of_tokenizer(checkpoint: Source, artifact: str, name: str) -> Iterator[str]
     if (code := named_code(folder)) is not None:
         rule = "tokenizer.json says" if (folder / "tokenizer.json").is_file() else "the expression in its code says"
         yield f"text is cut as {rule}; the Python code {code} that tokenizer_config.json names is not run"
+    if (other := class_with_other_words(folder)) is not None:
+        yield (
+            f"text is cut into words by transformers' {other}, which tokenizer_config.json names, and not as "
+            "tokenizer.json says: where the model was trained with the latter, set tokenizer_class to "
+            "PreTrainedTokenizerFast"
+        )
     if without_row := configured_tokens(folder, spec.vocab_size).without_row:
         ids = ", ".join(map(str, without_row))
         yield f"the end token {ids} is left out: the model has {spec.vocab_size:,} tokens, counted from 0"

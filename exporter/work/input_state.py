@@ -16,17 +16,14 @@ from compressors.calibration.splits import Splits, read_splits
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.gguf_split import split_parts
 from compressors.model.files.safetensors_header import LARGEST_HEADER
+from compressors.model.files.vocabularies.made_files import is_vocabulary_file
 from compressors.model.sources.hugging_face.foreign_folder import JSON_FILES, TEXT_FILES
 from exporter.planning.recipe import TextChoice
 from exporter.writing.files import write_atomically
 
 __all__ = ["Change", "FileState", "SourceState", "refuse_changed_texts"]
 
-_READ_BY_NAME = frozenset({*JSON_FILES, *TEXT_FILES})
-"""Files that change the result as soon as they exist."""
-
 _GGUF_HEADER = 1 << 25  # bytes; no header is longer, as a vocabulary of 250,000 tokens takes some 10 million
-
 
 @dataclass(frozen=True)
 class FileState:
@@ -95,7 +92,7 @@ class SourceState:
             if difference is not None:
                 return Change(f"{name} changed: {difference}", touched_only=False)
         for name in now.files:
-            if name not in self.files and (name in _READ_BY_NAME or name.endswith((".safetensors", ".index.json"))):
+            if name not in self.files and (_is_read_by_name(name) or name.endswith((".safetensors", ".index.json"))):
                 return Change(f"{name} is new", touched_only=False)
         for name, file in self.files.items():
             if file != now.files[name]:
@@ -138,7 +135,12 @@ def _difference(name: str, before: FileState, now: FileState) -> str | None:
 
 
 def _may_be_read(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".json") or path.name in _READ_BY_NAME
+    return path.suffix in (".safetensors", ".json") or _is_read_by_name(path.name)
+
+
+def _is_read_by_name(name: str) -> bool:
+    """True for files that change the result as soon as they exist."""
+    return name in (*JSON_FILES, *TEXT_FILES) or is_vocabulary_file(name)
 
 
 def _is_weights(name: str) -> bool:

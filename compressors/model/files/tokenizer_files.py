@@ -145,6 +145,34 @@ def tokens_of(folder: Path, texts: Sequence[str], *, read_special_as_text: bool 
     return [tuple(tokens) for tokens in encoded["input_ids"]]
 
 
+def class_with_other_words(folder: Path) -> str | None:
+    """Returns transformers' class if it cuts text into words otherwise than ``tokenizer.json`` says.
+
+    Some of its classes have expressions of their own. None where the file merges letters instead of bytes: spaces are
+    written in several ways there that come to the same.
+
+    Raises:
+        InputError: as :func:`load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    written = _words(read_json(path).get("pre_tokenizer")) if path.is_file() else []
+    if not any(step.get("type") == "ByteLevel" for step in written):
+        return None
+    step = tokenizer.backend_tokenizer.pre_tokenizer
+    loaded = [] if step is None else _words(json.loads(step.__getstate__()))
+    return None if loaded == written else type(tokenizer).__name__
+
+
+def _words(pre_tokenizer: Any) -> list[dict[str, Any]]:
+    """The steps of a pre-tokenizer, without the setting that changes no token."""
+    if not isinstance(pre_tokenizer, dict):
+        return []
+    if pre_tokenizer.get("type") == "Sequence":
+        return [step for part in pre_tokenizer.get("pretokenizers", ()) for step in _words(part)]
+    return [{key: value for key, value in pre_tokenizer.items() if key != "trim_offsets"}]
+
+
 def read_tokenizer_json(path: Path) -> Tokenizer:
     """Returns the tokenizer of one ``tokenizer.json``, as the ``tokenizers`` library alone reads it.
 

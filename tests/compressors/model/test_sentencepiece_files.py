@@ -85,6 +85,24 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path: Path, fine_folder: Path, scor
     assert llama_tokens(tmp_path, texts) == [[1, *tokens] for tokens in tokens_of(tmp_path, texts)]
 
 
+@pytest.mark.parametrize(
+    ("settings", "around"),
+    [
+        ({"add_bos_token": None, "add_eos_token": None}, ([1], [])),
+        ({"add_bos_token": False, "add_eos_token": True}, ([], [2])),
+        ({"tokenizer_class": "ErnieTokenizer", "add_eos_token": 0}, ([], [])),
+    ],
+)
+def test_begin_and_end_tokens_are_put_as_the_settings_say(
+    tmp_path: Path, scores: Scores, settings: dict[str, Any], around: tuple[list[int], list[int]]
+) -> None:
+    _write(tmp_path, scores)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | settings), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a") == [*around[0], *tokenizer.encode("a", add_special_tokens=False), *around[1]]
+
+
 def test_unigram_models_keep_their_probabilities(tmp_path: Path, scores: Scores) -> None:
     _write(tmp_path, {piece: score / 100 for piece, score in scores.items()}, unigram=True)
     model = json.loads(load_tokenizer(tmp_path).backend_tokenizer.to_str())["model"]

@@ -174,6 +174,8 @@ def _replace(name: str, old: str, new: str) -> Callable[[Path], None]:
         (lambda folder: [path.unlink() for path in folder.glob("*.py")], r"tokenization_\w+\.py, which is missing"),
         (_replace("*.py", "pat_str", "other"), "assigns no text to pat_str"),
         (_replace("*.py", "class", "clas s"), r"tokenization_\w+\.py cannot be read as Python \(SyntaxError\)"),
+        (_replace("*_config.json", "(tencent/x--)?tokenization_", "../tokenization_"), "which is no class in a file"),
+        (_replace("*_config.json", '"(chat_template|bos_token)"', '"added_tokens_decoder": [3], "x"'), "by their num"),
         (_replace("*tiktoken*", " 300\n", " 299\n"), r"its 2,000 ranks are not those from 0 on, each once"),
         (_replace("*tiktoken*", " 7\n", " seven\n"), r"line 8: it does not hold one more token and its rank"),
     ],

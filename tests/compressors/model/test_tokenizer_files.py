@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.model.files.tokenizer_files import load_tokenizer, read_tokenizer_json, tokens_of
+from compressors.model.files.tokenizer_files import (
+    class_with_other_words,
+    load_tokenizer,
+    read_tokenizer_json,
+    tokens_of,
+)
 from compressors.model.files.vocabularies.made_files import named_code
 
 Edit = Callable[[dict[str, Any]], object]
@@ -111,3 +116,15 @@ def test_a_number_that_no_vocabulary_reaches_is_refused_before_the_library_makes
     for read in (lambda: load_tokenizer(folder), lambda: read_tokenizer_json(path)):
         with pytest.raises(InputError, match=r"token huge has number 4294967295, and no vocabulary is so large"):
             read()
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [("PreTrainedTokenizerFast", None), ("Qwen2Tokenizer", None), ("GPT2Tokenizer", "GPT2Tokenizer")],
+)
+def test_a_class_with_an_expression_of_its_own_is_named(folder: Path, name: str, changed: str | None) -> None:
+    _edit(folder / "tokenizer_config.json", lambda data: data.update(tokenizer_class=name))
+    _edit(folder / "tokenizer.json", lambda data: data["pre_tokenizer"]["pretokenizers"][1].update(trim_offsets=True))
+    assert class_with_other_words(folder) == changed
+    _edit(folder / "tokenizer.json", lambda data: data.update(pre_tokenizer=None))
+    assert class_with_other_words(folder) is None

@@ -92,7 +92,10 @@ def test_what_a_run_does_not_read_may_come_and_go(model: Path) -> None:
     assert before.change_to(SourceState.of(model)) is None
 
 
-@pytest.mark.parametrize("name", ["chat_template.jinja", "merges.txt", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "merges.txt", "tokenizer.model", "tiktoken.model", "hy.tiktoken", "tokenization_hy.py"],
+)
 def test_texts_that_decide_what_is_written_are_watched(model: Path, name: str) -> None:
     (model / name).write_text("before")
     before = SourceState.of(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,15 @@ from compressors.model.files.json_file import read_json
 from compressors.model.files.vocabularies.sentencepiece import sentencepiece_tokenizer
 from compressors.model.files.vocabularies.tiktoken import find_ranks, tiktoken_tokenizer
 
-__all__ = ["MADE_OF", "made_tokenizer_files", "named_code"]
+__all__ = ["MADE_OF", "is_vocabulary_file", "made_tokenizer_files", "named_code"]
 
 MADE_OF = ("tiktoken.model", "*.tiktoken", "tokenization_*.py")
 """Patterns of further files that a tokenizer may depend on."""
+
+
+def is_vocabulary_file(name: str) -> bool:
+    """True for the name of a file from which a tokenizer may be made."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in MADE_OF)
 
 
 def named_code(folder: Path) -> str | None:

@@ -97,12 +97,14 @@ def _decoders(*, prefix: bool) -> Iterator[dict[str, Any]]:
 
 def _around_texts(proto: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The step that puts begin and end tokens around a text; transformers' class for Llama begins them by default."""
-    begins = str(settings.get("tokenizer_class", "")).startswith(("Llama", "CodeLlama"))
-    marks = {
-        "bos": settings.get("add_bos_token", begins) and proto.trainer_spec.bos_id,
-        "eos": settings.get("add_eos_token", False) and proto.trainer_spec.eos_id,
+    begins = settings.get("add_bos_token")
+    if begins is None:
+        begins = str(settings.get("tokenizer_class", "")).startswith(("Llama", "CodeLlama"))
+    asked = {
+        "bos": (begins, proto.trainer_spec.bos_id),
+        "eos": (settings.get("add_eos_token"), proto.trainer_spec.eos_id),
     }
-    numbers = {name: number for name, number in marks.items() if number is not False and number >= 0}
+    numbers = {name: number for name, (put, number) in asked.items() if put and 0 <= number < len(proto.pieces)}
     if not numbers:
         return None
     names = {name: proto.pieces[number].piece for name, number in numbers.items()}
@@ -122,7 +124,7 @@ def _around_texts(proto: Any, settings: Mapping[str, Any]) -> dict[str, Any] | N
 def _unigram(proto: Any) -> dict[str, Any]:
     return {
         "type": "Unigram",
-        "unk_id": proto.trainer_spec.unk_id,
+        "unk_id": _unknown(proto),
         "vocab": [[piece.piece, piece.score] for piece in proto.pieces],
         "byte_fallback": proto.trainer_spec.byte_fallback,
     }
@@ -132,12 +134,17 @@ def _bpe(proto: Any) -> dict[str, Any]:
     vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     return {
         "type": "BPE",
-        "unk_token": proto.pieces[proto.trainer_spec.unk_id].piece,
+        "unk_token": None if (number := _unknown(proto)) is None else proto.pieces[number].piece,
         "fuse_unk": True,
         "byte_fallback": proto.trainer_spec.byte_fallback,
         "vocab": vocabulary,
         "merges": [list(pair) for pair in _merges(proto, vocabulary)],
     }
+
+
+def _unknown(proto: Any) -> int | None:
+    """The number of the piece for what is in no other; None if there is none."""
+    return next((number for number, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN), None)
 
 
 def _merges(proto: Any, vocabulary: Mapping[str, int]) -> Iterator[tuple[str, str]]:

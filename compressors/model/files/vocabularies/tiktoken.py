@@ -15,6 +15,7 @@ from typing import Any
 from compressors.model.errors import InputError
 from compressors.model.files.raw_file import RawFile
 from compressors.model.files.vocabularies.splitting_code import SplittingCode, read_splitting_code
+from compressors.model.names import shown
 
 __all__ = ["find_ranks", "tiktoken_tokenizer"]
 
@@ -67,6 +68,11 @@ def tiktoken_tokenizer(path: Path, code: str, settings: Mapping[str, Any]) -> di
     """
     ranks = _read_ranks(path)
     module, _, class_name = code.rpartition("--")[2].rpartition(".")
+    if not module.isidentifier():
+        raise InputError(
+            f"{path.parent / 'tokenizer_config.json'}: auto_map names {shown(code)}, which is no class in a file of "
+            "this folder; download it again"
+        )
     source = path.parent / f"{module}.py"
     if not source.is_file():
         raise InputError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -166,6 +168,29 @@ def test_unigram_models_are_cut_alike(make: Make, probable: Tokenizer, heldout_t
     assert fields["token_type"][fields["tokens"].index("<unk>")] == gguf.TokenType.UNKNOWN
     deviations = list(vocabulary_deviations(folder, read_spec(folder), "toy"))
     assert any("text that begins with a space" in said for said in deviations) == (scheme == "always")
+
+
+def _charsmap(letter: str, replacement: str) -> str:
+    """SentencePiece's table that replaces one letter of three bytes: a trie in an array, and the replacement."""
+    first, second, third = letter.encode()
+    trie = np.zeros(0x400, np.uint32)
+    trie[0] = 0x100 << 10
+    trie[0x100 ^ first] = (0x100 ^ first ^ 0x200) << 10 | first
+    trie[0x200 ^ second] = (0x200 ^ second ^ 0x300) << 10 | second
+    trie[0x300 ^ third] = (0x300 ^ third ^ 0x3FF) << 10 | 1 << 8 | third
+    trie[0x3FF] = 1 << 31
+    data = trie.astype("<u4").tobytes()
+    return base64.b64encode(len(data).to_bytes(4, "little") + data + replacement.encode() + b"\0").decode("ascii")
+
+
+def test_unigram_models_keep_their_table_of_characters(make: Make, probable: Tokenizer) -> None:
+    table = normalizers.Precompiled(base64.b64decode(_charsmap("Ｈ", "H")))  # noqa: RUF001
+    assert table.normalize_str("Ｈouse") == "House"  # noqa: RUF001
+    pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    folder = make(probable.model, ["<pad>", "</s>", "<unk>"], "<pad>", normalizer=table, pre_tokenizer=pre_tokenizer)
+    texts = ["Ｈouse", "the Ｈouse", "Ｈ Ｈ", "日Ｈ", "House"]  # noqa: RUF001
+    assert _different(folder, texts) == []
+    assert len(set(map(tuple, llama_tokens(folder, ["Ｈouse", "House"])))) == 1  # noqa: RUF001
 
 
 def test_unigram_models_that_merge_spaces(make: Make, probable: Tokenizer) -> None:
