@@ -1,6 +1,6 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint fuzz bench bench-export damage floors prediction quality peers pareto scale
+.PHONY: demo test lint fuzz bench bench-export damage floors latent prediction quality peers pareto scale
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -47,6 +47,10 @@ damage: .venv/installed-dev
 
 floors: .venv/installed-dev
 	$(BIN)/python -m benchmarks.floors
+
+# The whole run on a small trained model with latent attention: pruned, recovered, quantized, in both runtimes; minutes.
+latent: .venv/installed-dev
+	$(BIN)/python -m benchmarks.latent
 
 # Predicted against measured divergence of mixed types on both trained models: ten minutes.
 prediction: .venv/installed-dev

@@ -138,7 +138,7 @@ def _example(family: Family) -> ModelSpec:
 def _refused_families() -> Iterator[str]:
     yield "\n## Families that are refused\n"
     yield "A model of any other family is refused with the nearest supported ones and what these lack, by its settings"
-    yield "and the names of its tensors. Of some it is known why nothing could be right that is written of them:\n"
+    yield "and the names of its tensors. Of some it is known why they cannot be supported yet:\n"
     yield from (f"* `{model_type}`: {reason}" for model_type, reason in REASONS.items())
 
 

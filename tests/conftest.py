@@ -52,6 +52,12 @@ def olmoe_folder() -> Path:
     return _FOLDERS["olmoe"]
 
 
+@pytest.fixture(scope="session")
+def latent_folder() -> Path:
+    """GLM-4.7-Flash: 4 layers, the first dense, latent attention, 32 experts, top-4, a shared one, trained biases."""
+    return _REPOSITORY / "tests" / "fixtures" / "latent"
+
+
 @pytest.fixture(scope="session", params=sorted(_FOLDERS))
 def family_folder(request: pytest.FixtureRequest) -> Path:
     """Each trained model in turn."""

@@ -15,6 +15,14 @@ from compressors.model.description.roles import Role
 from compressors.model.sources.opening import open_source
 
 
+def test_the_latent_model_has_the_documented_size(latent_folder: Path, fine_folder: Path) -> None:
+    source = open_source(latent_folder)
+    assert [layer.n_experts for layer in source.spec.layers] == [0, 32, 32, 32]
+    assert source.tensor(Role.SELECTION_BIAS, 1).dtype == torch.float32
+    assert source.n_bytes < 8_000_000
+    assert (latent_folder / "tokenizer.json").read_bytes() == (fine_folder / "tokenizer.json").read_bytes()
+
+
 def test_the_models_have_the_documented_size(fine_folder: Path, coarse_folder: Path, olmoe_folder: Path) -> None:
     fine, coarse, olmoe = open_source(fine_folder), open_source(coarse_folder), open_source(olmoe_folder)
     assert (fine.spec.n_layers, fine.spec.n_experts, fine.spec.top_k, len(fine.files)) == (6, 32, 4, 1)

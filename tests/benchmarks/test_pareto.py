@@ -14,6 +14,7 @@ from benchmarks.pareto.bars import SIZES_OF_PRESETS, judged
 from benchmarks.pareto.llama_cpp import Figures, Measuring
 from benchmarks.pareto.table import write_markdown
 from benchmarks.third_model import train_third_model
+from benchmarks.training import Training
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.sources.opening import open_source
 from exporter.curve.rows import OURS, ParetoRow
@@ -86,7 +87,7 @@ def test_a_file_of_one_type_has_it_in_every_matrix(fine_folder: Path) -> None:
 
 def test_the_third_model_is_a_checkpoint_that_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
-    monkeypatch.setattr("benchmarks.third_model._STEPS", 3)
+    monkeypatch.setattr("benchmarks.third_model._TRAINING", Training(seed=1, steps=3))
     try:
         train_third_model(tmp_path / "model")
     finally:

@@ -1,4 +1,4 @@
-"""Families of transformers that are refused, and why: nothing that this tool could write of them would be right."""
+"""Families that are refused for a known reason: mostly, a runtime would not compute what was written of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ REASONS: Mapping[str, str] = {
     "flex_olmo": "llama.cpp has no architecture for it: its norms stand behind attention and experts",
     "jamba": "ONNX Runtime has no operator on the CPU for the scan of its Mamba-1 layers",
     "mellum": "llama.cpp's logits differ from transformers' after the first token, for a reason that is not known",
-    "bailing_moe_v2": "transformers has no class for it, only code of the model's own, which is never run",
+    **dict.fromkeys(
+        ("bailing_moe", "bailing_moe_v2"),
+        "transformers has no class for it, and code that comes with a model is never run",
+    ),
 }
 """By ``model_type``: the reason, in half a sentence."""
