@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation
 from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, ShortConvolution
 from compressors.model.description.onnx_cache import Attention
+from compressors.model.description.roles import Role
+from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
 from exporter.capabilities.rules import Container, Feature, Rule
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "needs_nodes"]
 
 _HEAD_MULTIPLE = 16
 _MIXERS = (GroupedQuery.kind, Latent.kind, GatedDelta.kind, ShortConvolution.kind)
@@ -44,13 +47,34 @@ def _heads(spec: ModelSpec) -> str | None:
     return None
 
 
+def needs_nodes(routed: Routed) -> bool:
+    """True if nodes must compute the experts, because no operator computes their function or weighs by their scales."""
+    return routed.glu.activation is not Activation.SILU or routed.routing.has_expert_scale
+
+
 def _expert_function(spec: ModelSpec) -> str | None:
-    glus = {layer.routed.glu for layer in spec.written.layers if layer.routed is not None}
-    activations = dict.fromkeys(glu.activation for glu in glus if not glu.is_gated)
+    layers = [(layer, layer.routed) for layer in spec.written.layers if layer.routed is not None]
+    experts = [routed for _, routed in layers]
+    activations = dict.fromkeys(routed.glu.activation for routed in experts if not routed.glu.is_gated)
     lacking = [f"experts without a gate whose activation is {activation}" for activation in activations]
-    gates = dict.fromkeys(glu.activation for glu in glus if glu.is_gated and glu.activation is not Activation.SILU)
-    lacking += [f"experts whose gate's activation is {activation}" for activation in gates]
+    if any(needs_nodes(routed) and Role.EXPERT_DOWN_BIAS in layer.roles for layer, routed in layers):
+        lacking.append("biases of such experts")
     return _refused(f"ONNX Runtime's operators MoE and QMoE do not compute {_listed(lacking)} on the CPU", lacking)
+
+
+def _routing(spec: ModelSpec) -> str | None:
+    """Nodes for experts choose by the logits alone; weights are a softmax over the chosen."""
+    by_nodes = [layer.routed for layer in spec.written.layers if layer.routed is not None and needs_nodes(layer.routed)]
+    others = dict.fromkeys(rule.description for rule in (routed.routing for routed in by_nodes) if not _is_plain(rule))
+    why = f"our ONNX graphs have one rule for experts that no operator computes; this model's is {_listed(others)}"
+    return _refused(why, others)
+
+
+def _is_plain(rule: Routing) -> bool:
+    """True if a softmax over the chosen logits gives the weights, apart from the experts' scales."""
+    is_softmax = rule.score is Score.LOGITS or (rule.score is Score.SOFTMAX and rule.normalizes)
+    adds_nothing = max(rule.epsilon, rule.least_sum) == 0 and rule.scale == 1.0
+    return is_softmax and adds_nothing and not rule.has_selection_bias and rule.n_groups == 1
 
 
 def _refused(why: str, is_so: object = True) -> str | None:
@@ -66,6 +90,17 @@ def _listed(names: Collection[str]) -> str:
 RULES = (
     Rule(Container.ONNX, Feature.MIXERS, _listed(_MIXERS), _mixers),
     Rule(Container.ONNX, Feature.HEADS, f"a multiple of {_HEAD_MULTIPLE} values", _heads),
-    Rule(Container.ONNX, Feature.EXPERT_FUNCTION, "SwiGLU, its limits and offsets included", _expert_function),
+    Rule(
+        Container.ONNX,
+        Feature.EXPERT_FUNCTION,
+        "SwiGLU, its limits and offsets included, by operators; other functions with a gate by nodes for each expert",
+        _expert_function,
+    ),
+    Rule(
+        Container.ONNX,
+        Feature.ROUTING,
+        "all with experts by operators; by nodes, a softmax over the chosen experts and their scales",
+        _routing,
+    ),
 )
 """The rules in the order in which they are asked; the first refusal counts."""

@@ -15,10 +15,10 @@ __all__ = ["described_source", "described_student", "stored_bytes"]
 
 
 def described_source(choice: SourceChoice, source: Source) -> dict[str, Any]:
-    """Describes the original; heads are those that ONNX graphs cache of its first layer with attention."""
+    """Describes the original; heads are those that ONNX graphs cache, where all layers with attention are alike."""
     spec = source.spec
-    attention = next((layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention)), None)
-    heads = None if attention is None else cache_heads(attention)
+    kinds = {cache_heads(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, Attention)}
+    heads = kinds.pop() if len(kinds) == 1 else None
     return {
         "model": choice.model,
         "identity": choice.identity,

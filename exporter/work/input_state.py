@@ -25,6 +25,7 @@ __all__ = ["Change", "FileState", "SourceState", "refuse_changed_texts"]
 
 _GGUF_HEADER = 1 << 25  # bytes; no header is longer, as a vocabulary of 250,000 tokens takes some 10 million
 
+
 @dataclass(frozen=True)
 class FileState:
     """One file of a checkpoint."""

@@ -174,7 +174,6 @@ ROWS: Mapping[str, Row] = {
             "tie_word_embeddings": True,
         },
         on_the_hub={"per_layer_config": None, "global_head_dim": 32, "num_global_key_value_heads": 1},
-        formats=("gguf",),
         logit_error=1.5e-2,  # ggml's GELU is a table of half precision
     ),
     "glm4_moe": Row(

@@ -18,7 +18,7 @@ from onnx import TensorProto
 
 from compressors.model.files.gguf.gguf_file import GgufEntry, GgufFile
 from compressors.model.files.onnx_graph import external_place, read_graph
-from compressors.model.files.onnx_names import is_cache_input
+from compressors.model.files.onnx_names import BY_EXPERT, CHOSEN_LOGITS, is_cache_input
 from compressors.model.files.raw_file import RawFile
 
 __all__ = ["FileFacts", "gguf_facts", "onnx_facts"]
@@ -88,16 +88,27 @@ def onnx_facts(path: Path) -> FileFacts:
     graph = read_graph(path)
     weights = {tensor.name: tensor for tensor in graph.initializer}
     moe = [node for node in graph.node if node.op_type in ("MoE", "QMoE")]
+    counts = [tensor.dims[0] for tensor in _inputs(moe, 2, weights) if tensor.dims]
+    counts += [len(node.input) for node in graph.node if node.output[0].endswith(BY_EXPERT)]
+    chosen = [_number(node, "k", 1) for node in moe] + list(_chosen(graph, weights))
     caches = [value for value in graph.input if is_cache_input(value.name)]
     return FileFacts(
         bits_per_weight=_operator_bits(graph, weights),
         n_layers=len(caches) // 2,
-        n_experts=max((tensor.dims[0] for tensor in _inputs(moe, 2, weights) if tensor.dims), default=None),
-        top_k=max((_number(node, "k", 1) for node in moe), default=None),
+        n_experts=max(counts, default=None),
+        top_k=max(chosen, default=None),
         rope_base=_rope_base(graph, weights, path),
         rms_norm_eps=None,
         vocab_size=next((_last_dimension(value) for value in graph.output if value.name == "logits"), None),
     )
+
+
+def _chosen(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto]) -> Iterator[int]:
+    """Yields the number of experts of a token where nodes compute them."""
+    nodes = [node for node in graph.node if node.output[0].endswith(f".{CHOSEN_LOGITS}")]
+    for count in _inputs(nodes, 1, weights):
+        if not count.external_data:
+            yield int(onnx.numpy_helper.to_array(count).reshape(-1)[0])
 
 
 def _last_dimension(value: onnx.ValueInfoProto) -> int | None:

@@ -21,6 +21,7 @@ from compressors.model.description.glu import Activation, Glu
 from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, ShortConvolution
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.roles import Role
+from compressors.model.description.rope import Rope
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_graph import external_place
@@ -297,19 +298,24 @@ def _table_symptoms(
 ) -> Iterator[str]:
     """Checks every table of cosines and of sines that a node rotates with."""
     places = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
-    tables: dict[str, bool] = {}  # name -> True if it holds sines
+    tables: dict[str, tuple[bool, Rope]] = {}  # name -> True if it holds sines, and the embedding of the first layer
+    layer = -1
     for node in graph.node:
+        layer += node.op_type in (*_ATTENTION, *STATE_OPERATORS)
+        rope = spec.layers[min(max(layer, 0), spec.n_layers - 1)].mixer.rope or spec.rope
         for is_sine, place in enumerate(places.get(node.op_type, ())):
             if len(node.input) > place and node.input[place] in weights:
-                tables[node.input[place]] = bool(is_sine)
+                tables.setdefault(node.input[place], (bool(is_sine), rope))
     # where the angles depend on a text's length, nodes choose among tables
-    tables |= {name: name == ROTARY_SINE for name in (ROTARY_COSINE, ROTARY_SINE) if name in weights}
-    for name, is_sine in tables.items():
+    for name in (ROTARY_COSINE, ROTARY_SINE):
+        if name in weights:
+            tables[name] = (name == ROTARY_SINE, spec.rope)
+    for name, (is_sine, rope) in tables.items():
         if len(weights[name].dims) != 2 or weights[name].data_type not in _TABLE_TYPES:
             yield f"table {name} is no matrix of floating point numbers"
             continue
         n_rows = weights[name].dims[0]
-        yield from rotary_symptoms(name, _pieces(weights[name], folder), n_rows, spec, is_sine=is_sine)
+        yield from rotary_symptoms(name, _pieces(weights[name], folder), n_rows, rope, is_sine=is_sine)
 
 
 _WHOLE_NUMBER = onnx.AttributeProto.INT
@@ -317,13 +323,13 @@ _TABLE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorPro
 
 
 def rotary_symptoms(
-    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], n_rows: int, spec: ModelSpec, *, is_sine: bool
+    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], n_rows: int, rope: Rope, *, is_sine: bool
 ) -> Iterator[str]:
     """Yields a sentence if a table [positions, width / 2] is not the model's at every position.
 
     A table for short texts may stand before that for long ones.
     """
-    rope, first = spec.rope, 0
+    first = 0
     short = rope.switches_after if rope.switches_after is not None and n_rows > rope.switches_after else 0
     of_short, of_long = (rope.inverse_frequencies(n_tokens).double().numpy() for n_tokens in (short, n_rows - short))
     for piece in pieces:

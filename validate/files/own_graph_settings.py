@@ -18,12 +18,15 @@ from compressors.model.description.mixers import GatedDelta, GroupedQuery, Laten
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_names import (
+    BY_EXPERT,
     EMBEDDING_FACTOR,
     HEAD_FACTOR,
     IN_FLOAT32,
     JOINED,
+    LOGIT_CAP,
     LOGITS,
     RESIDUAL_FACTOR,
+    ROUTER_FACTOR,
     ROUTING,
 )
 
@@ -113,6 +116,8 @@ def own_attributes(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
 
 def _of_latent_attention(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
     output = node.output[0]
+    if output.endswith(BY_EXPERT) or (node.op_type == "Split" and BY_EXPERT in "".join(node.output)):
+        return {"axis": (0,)}
     if node.op_type == "Split" or (node.op_type == "Concat" and output.endswith(JOINED)):
         return {"axis": (-1,)}
     if node.op_type == "FusedMatMul" and output.endswith(LOGITS):
@@ -199,6 +204,9 @@ def _factors(spec: ModelSpec) -> Iterator[tuple[str, float]]:
     """The factors of the model; without a constant of that name nothing is multiplied."""
     yield EMBEDDING_FACTOR, spec.embedding_scale
     yield HEAD_FACTOR, 1 / spec.logit_divisor
+    yield LOGIT_CAP, 1.0 if spec.logit_cap is None else spec.logit_cap
+    if any(layer.routed is not None and layer.routed.router_has_norm for layer in spec.written.layers):
+        yield ROUTER_FACTOR, spec.hidden_size**-0.5
     yield from ((RESIDUAL_FACTOR, layer.residual_scale) for layer in spec.written.layers)
 
 

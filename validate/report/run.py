@@ -37,9 +37,12 @@ def llama_cpp_python_command(report: Report, path: Path) -> str:
 
 
 def onnxruntime_example(report: Report, folder: Path) -> str:
-    """Three lines of Python that predict the next token with plain ONNX Runtime, from an empty cache."""
+    """Three lines of Python that predict the next token with plain ONNX Runtime, from an empty cache.
+
+    Where layers differ in their caches, the graph says how large these are.
+    """
     heads, width = find(report, "source", "n_kv_heads"), find(report, "source", "head_dim")
-    empty = f"(1, {heads}, 0, {width})"
+    empty = "(1, i.shape[1], 0, i.shape[3])" if heads is None else f"(1, {heads}, 0, {width})"
     if find(report, "source", "n_recurrent_layers"):
         empty = f'(1, *i.shape[1:]) if "state" in i.name else {empty}'
     model, tokenizer = json.dumps(str(folder / "model.onnx")), json.dumps(str(folder / "tokenizer.json"))

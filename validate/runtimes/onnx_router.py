@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from compressors.model.files.onnx_names import RESIDUAL_FACTOR
+from compressors.model.files.onnx_names import CHOSEN_LOGITS, CHOSEN_WEIGHTS, RESIDUAL_FACTOR
 from compressors.model.predictions.routing_record import selection_margins
 
 __all__ = ["MoeNode", "TokenRouting", "moe_nodes", "router_graph"]
@@ -39,6 +39,8 @@ class MoeNode:
         constant_factor: a number that the output is multiplied with.
         top_k: experts of each token.
         normalizes: True if their weights are divided by their sum.
+        weights: name of the value with their weights, by falling logit, where nodes compute the experts and no operator
+            weighs them; None: an operator does.
     """
 
     layer: int
@@ -49,12 +51,13 @@ class MoeNode:
     constant_factor: float
     top_k: int
     normalizes: bool
+    weights: str | None = None
 
     @property
     def shown(self) -> tuple[str, ...]:
         """Names of the values that :meth:`routing` takes, each once."""
-        names = (self.router_logits, self.selection_scores, *([] if self.factor is None else [self.factor]))
-        return tuple(dict.fromkeys(names))
+        names = (self.router_logits, self.selection_scores, self.factor, self.weights)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
 
     def routing(self, values: Mapping[str, npt.NDArray[Any]], n_tokens: int) -> TokenRouting:
         """Chooses and weighs as the operator does.
@@ -65,9 +68,12 @@ class MoeNode:
         """
         of_tokens = {name: values[name].reshape(n_tokens, -1).astype(np.float32) for name in self.shown}
         logits_TE = of_tokens[self.router_logits]
+        margins_T = selection_margins(of_tokens[self.selection_scores], self.top_k)
+        experts_TK = np.argsort(-logits_TE, axis=1, kind="stable")[:, : self.top_k]
+        if self.weights is not None:
+            return TokenRouting(experts_TK.astype(np.int32), of_tokens[self.weights], margins_T)
         shifted = np.exp(logits_TE - logits_TE.max(axis=1, keepdims=True))
         probabilities_TE = shifted / shifted.sum(axis=1, keepdims=True)
-        experts_TK = np.argsort(-logits_TE, axis=1, kind="stable")[:, : self.top_k]
         weights_TK = np.take_along_axis(probabilities_TE, experts_TK, axis=1)
         if self.normalizes:
             weights_TK = weights_TK / weights_TK.sum(axis=1, keepdims=True)
@@ -75,7 +81,6 @@ class MoeNode:
             weights_TK = weights_TK * np.float32(self.constant_factor)
         if self.factor is not None:
             weights_TK = weights_TK * of_tokens[self.factor]
-        margins_T = selection_margins(of_tokens[self.selection_scores], self.top_k)
         return TokenRouting(experts_TK.astype(np.int32), weights_TK, margins_T)
 
 
@@ -89,7 +94,7 @@ class TokenRouting:
 
 
 def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
-    """The MoE operators of a graph.
+    """The MoE operators of a graph, and the experts that nodes of our graphs compute.
 
     Nodes are in the order in which they run: a layer's experts come after its attention, its state or its convolution.
     """
@@ -97,6 +102,8 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
     for node in graph.node:
         if node.op_type in mixing:
             layer += 1
+        elif node.output[0].endswith(f".{CHOSEN_LOGITS}"):
+            yield links.choice_of(node, layer)
         elif node.op_type in _MOE_OPERATORS:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
             if attributes.get("use_sparse_mixer", 0) or not links.mixes_by_softmax(node):
@@ -133,6 +140,16 @@ class _Links:
             return True
         maker = self._makers.get(mixing)
         return maker is not None and maker.op_type == "Softmax" and maker.input[0] == node.input[_ROUTER_INPUT]
+
+    def choice_of(self, node: onnx.NodeProto, layer: int) -> MoeNode:
+        """The experts of a layer that nodes compute; ``node`` chooses them by their logits."""
+        logits, count = node.input
+        router = self._makers[logits]
+        while router.op_type == "Add":  # of a bias
+            router = self._makers[next(name for name in router.input if name in self._makers)]
+        top_k = int(onnx.numpy_helper.to_array(self._constants[count])[0])
+        weights = node.output[0].removesuffix(CHOSEN_LOGITS) + CHOSEN_WEIGHTS
+        return MoeNode(layer, router.input[0], logits, logits, None, 1.0, top_k, True, weights)
 
     def scores_behind(self, logits: str) -> str:
         """The values by which TopK chose experts, if only the chosen ones' logits are scattered over the lowest."""

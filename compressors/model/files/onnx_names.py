@@ -6,23 +6,30 @@ The caches' names are those that onnxruntime-genai and optimum expect, in anybod
 from __future__ import annotations
 
 __all__ = [
+    "BY_EXPERT",
     "CACHED",
+    "CHOSEN_LOGITS",
+    "CHOSEN_WEIGHTS",
     "EMBEDDING_FACTOR",
     "HEAD_FACTOR",
     "IN_FLOAT32",
     "JOINED",
     "LOGITS",
+    "LOGIT_CAP",
     "NORM_SCALES",
     "RESIDUAL_FACTOR",
     "ROTARY_COSINE",
     "ROTARY_SINE",
+    "ROUTER_FACTOR",
     "ROUTING",
     "STATES",
     "cache_input",
     "cache_output",
     "continued_cache",
+    "expert_matrix",
     "is_cache_input",
     "is_state",
+    "rotary_table",
 ]
 
 _PAST, _PRESENT = "past_key_values", "present"
@@ -33,9 +40,15 @@ STATES = ("conv_state", "recurrent_state")
 
 EMBEDDING_FACTOR, RESIDUAL_FACTOR, HEAD_FACTOR = "embedding.factor", "residual.factor", "head.factor"
 """The constants by which the model multiplies; of several values, the later ones have a number behind the name."""
+LOGIT_CAP, ROUTER_FACTOR = "logits.cap", "router.factor"
+"""The constants of the limit of logits, and of what a router's own norm is multiplied by."""
 ROTARY_COSINE, ROTARY_SINE = "rotary.cosine", "rotary.sine"
 """The tables of all positions."""
 
+CHOSEN_LOGITS, CHOSEN_WEIGHTS = "chosen.logits", "chosen.weights"
+"""The largest logits of each token, and its experts' weights in that order, where nodes compute the experts."""
+BY_EXPERT = ".by_expert"
+"""Ends the names of products of all experts, under each other."""
 ROUTING = "routing"
 """Begins, behind the layer, the names of values that route where the MoE operators cannot."""
 IN_FLOAT32 = ".float32"
@@ -66,6 +79,16 @@ def is_cache_input(name: str) -> bool:
 def is_state(name: str) -> bool:
     """True if a cache is a state, which has one size for all texts."""
     return name.endswith(tuple(f".{kind}" for kind in STATES))
+
+
+def rotary_table(name: str, number: int) -> str:
+    """The name of a table of cosines or sines; ``number`` counts a model's rotary embeddings from 0."""
+    return name if number == 0 else f"{name}.{number + 1}"
+
+
+def expert_matrix(name: str, expert: int) -> str:
+    """The name of an expert's part of a tensor that holds those of all, as a tensor of its own."""
+    return f"{name}.expert{expert}"
 
 
 def continued_cache(name: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -29,6 +29,7 @@ from compressors.model.files.gguf.ggml import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BITS, BlockType, IntegerBlocks
 from compressors.model.files.onnx_blocks import unpack
 from compressors.model.files.onnx_graph import external_place, read_graph
+from compressors.model.files.onnx_names import expert_matrix
 from compressors.model.files.raw_file import RawFile
 from compressors.model.names import shown
 from compressors.model.sources.onnx_weights import OnnxWeight, Part, weights_of
@@ -305,10 +306,11 @@ class OnnxWeights:
 
     def _weight(self, weight: OnnxWeight, tensors: dict[str, _Stored]) -> _Weight:
         name, shape = weight.name, weight.shape
-        codes = next((tensors[key] for key in (name, name + CODES, name + CODES + MATRIX) if key in tensors), None)
+        keys = (name, name + CODES, name + CODES + MATRIX)
+        codes = next(filter(None, (_tensor(tensors, key, shape) for key in keys)), None)
         if codes is None:
             raise InputError(f"{self._graph_file} has no tensor {name}: it does not hold this model")
-        scales = None if codes.name == name else tensors.get(name + SCALES)
+        scales = None if codes.name == name else _tensor(tensors, name + SCALES, shape)
         found = _Weight(weight.roles, shape, codes, scales, weight.part)
         if not found.is_whole:
             raise InputError(
@@ -316,3 +318,21 @@ class OnnxWeights:
                 f"model's, {list(shape)}"
             )
         return found
+
+
+def _tensor(tensors: Mapping[str, _Stored], name: str, shape: tuple[int, ...]) -> _Stored | None:
+    """The tensor of a name, which may be in parts, one for each expert, that follow each other; None: there is none."""
+    if name in tensors or len(shape) != _EXPERT_AXES:
+        return tensors.get(name)
+    stem = name.removesuffix(MATRIX)
+    names = [expert_matrix(stem, expert) + name[len(stem) :] for expert in range(shape[0])]
+    first = tensors.get(names[0])
+    if first is None:
+        return None
+    offsets = [first.offset + expert * first.n_bytes for expert in range(shape[0])]
+    wanted = [replace(first, name=part, offset=offset) for part, offset in zip(names, offsets, strict=True)]
+    is_one = [tensors.get(part) for part in names] == wanted
+    return replace(first, name=name, shape=(shape[0], *first.shape)) if is_one else None
+
+
+_EXPERT_AXES = 3  # of a tensor with the matrices of all experts

@@ -50,16 +50,20 @@ def _model_config(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     ``dtype``: both are there. The graph has no window: it is written for a context within the window.
     """
     rope = spec.rope.in_config()
+    written = spec.written.family.edited(spec.written, config)
+    scaling = {
+        "rope_theta": spec.rope.theta,
+        "rope_scaling": None if spec.rope.kind is RopeKind.DEFAULT else rope,
+        "rope_parameters": rope,
+    }
     windows = {"sliding_window": None, "use_sliding_window": False} if spec.window is not None else {}
     return (
-        spec.written.family.edited(spec.written, config)
+        written
         | windows
+        | (scaling if len(spec.ropes) == 1 else {})  # else the source's, which has one for each kind of layers
         | {
             "num_hidden_layers": spec.n_layers,
             "max_position_embeddings": spec.context_length,
-            "rope_theta": spec.rope.theta,
-            "rope_scaling": None if spec.rope.kind is RopeKind.DEFAULT else rope,
-            "rope_parameters": rope,
             "dtype": "float32",
             "torch_dtype": "float32",
             "use_cache": True,
@@ -92,8 +96,9 @@ def _described(special: SpecialTokens) -> dict[str, Any]:
 def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> dict[str, Any]:
     """``genai_config.json`` of onnxruntime-genai (``src/config.h``); type ``decoder`` is its plain decoder pipeline.
 
-    Key-value heads are those of the graph's caches. Of states, which have a type of their own, the names follow from
-    those of the keys (``src/models/recurrent_state.cpp``).
+    Key-value heads are those of the graph's caches, in the first layer; where others differ, the graph's inputs say so.
+    Of states, which have a type of their own, the names follow from those of the keys
+    (``src/models/recurrent_state.cpp``).
     """
     attention = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention))
     heads = cache_heads(attention)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.roles import Role
-from compressors.model.files.onnx_names import EMBEDDING_FACTOR, HEAD_FACTOR, RESIDUAL_FACTOR
+from compressors.model.files.onnx_names import EMBEDDING_FACTOR, HEAD_FACTOR, LOGIT_CAP, RESIDUAL_FACTOR
 from exporter.writing.onnx.blocks.registry import add_feed_forward
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.layout import TensorLayout
@@ -44,24 +45,46 @@ class _Decoder:
         attention_mask = add_attention_mask(graph, input_ids, mask, [layer.mixer for layer in spec.layers])
         embedded = self._weights.embedding(input_ids, "embedding")
         residual = self._times(spec.embedding_scale, EMBEDDING_FACTOR, embedded)
+        caches = {cache_heads(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, Attention)}
+        caches_differ = len(caches) > 1
         branch: str | None = None  # what the last block made, not yet added to the residual stream
         for index, layer in enumerate(spec.layers):
-            nodes = LayerNodes(graph, self._weights, layer, index, spec.context_length)
+            nodes = LayerNodes(graph, self._weights, layer, index, spec.context_length, caches_differ)
             normed, residual = self._norm(Role.ATTENTION_NORM, index, residual, branch)
             branch = mixer_nodes(layer.mixer).add(nodes, normed, attention_mask)
             branch = self._times(layer.residual_scale, RESIDUAL_FACTOR, self._normed(nodes, branch, _AFTER_MIXER))
             if layer.feed_forward is not None:
                 normed, residual = self._norm(Role.MOE_NORM, index, residual, branch)
-                branch = add_feed_forward(nodes, layer.feed_forward, normed)
+                branch = add_feed_forward(nodes, layer.feed_forward, normed, residual)
                 branch = self._normed(nodes, branch, _AFTER_FEED_FORWARD)
                 branch = self._times(layer.residual_scale, RESIDUAL_FACTOR, branch)
+            scale = nodes.vector(Role.LAYER_SCALE)
+            if scale is not None:
+                residual, branch = self._scaled(nodes, residual, branch, scale), None
         normed, _ = self._norm(Role.FINAL_NORM, None, residual, branch)
         normed = self._times(1 / spec.logit_divisor, HEAD_FACTOR, normed)  # there are fewer of these than of logits
-        self._weights.linear(Role.HEAD, None, normed, "logits")
+        self._head(normed)
         graph.add_output("logits", _FLOAT, ["batch", "sequence", spec.vocab_size])
         for index, layer in enumerate(spec.layers):
             mixer_nodes(layer.mixer).add_cache_outputs(graph, index)
         return graph.model(spec.model_type)
+
+    def _scaled(self, layer: LayerNodes, residual: str, branch: str, scale: str) -> str:
+        """Adds the last block, and multiplies what leaves the layer."""
+        left = self._graph.node("Add", [residual, branch], f"{layer.prefix}output")
+        return self._graph.node("Mul", [left, scale], f"{layer.prefix}output.scaled")
+
+    def _head(self, normed: str) -> None:
+        """Makes the logits, limited where the model limits them."""
+        cap = self._spec.logit_cap
+        if cap is None:
+            self._weights.linear(Role.HEAD, None, normed, "logits")
+            return
+        limit = self._graph.constant(LOGIT_CAP, cap, np.float32)
+        product = self._weights.linear(Role.HEAD, None, normed, "logits.unlimited")
+        share = self._graph.node("Div", [product, limit], "logits.share")
+        limited = self._graph.node("Tanh", [share], "logits.limited")
+        self._graph.node("Mul", [limited, limit], "logits")
 
     def _times(self, factor: float, name: str, values: str) -> str:
         """Multiplies values by a factor of the model, unless it changes nothing; ``name`` is the constant's."""

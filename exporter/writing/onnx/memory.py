@@ -13,6 +13,7 @@ from compressors.model.description.mixers import GatedDelta, GroupedQuery, Laten
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
+from exporter.capabilities.onnx import needs_nodes
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors
 from validate.runtimes.cost import CHUNK_TOKENS
 
@@ -126,7 +127,9 @@ def _mixer_values(layer: LayerSpec, tokens: int, context: int) -> int:
 
 def _feed_forward_values(spec: ModelSpec) -> int:
     """Values of a token in all its experts together: gate, up, product; input and output."""
-    routed = spec.top_k * _neurons_values(spec.expert_width, spec.hidden_size)
+    experts = [layer.routed for layer in spec.written.layers if layer.routed is not None]
+    sorted_rows = spec.expert_width + spec.hidden_size if any(map(needs_nodes, experts)) else 0  # of nodes
+    routed = spec.top_k * (_neurons_values(spec.expert_width, spec.hidden_size) + sorted_rows)
     beside = [_neurons_values(width, spec.hidden_size) for width in map(_width_beside_experts, spec.layers) if width]
     return routed + max(beside, default=0)
 

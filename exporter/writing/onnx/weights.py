@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 
 from compressors.model.description.roles import Role
+from compressors.model.description.rope import Rope
 from compressors.model.description.spec import LayerSpec
 from compressors.model.description.tensors import NormKind
-from compressors.model.files.onnx_names import IN_FLOAT32, NORM_SCALES
+from compressors.model.files.onnx_names import IN_FLOAT32, NORM_SCALES, expert_matrix
 from compressors.model.sources.onnx import MATRIX
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
-from exporter.writing.onnx.layout import TensorLayout, WeightPlan
+from exporter.writing.onnx.layout import TensorLayout, TensorPlan, WeightPlan
 
 __all__ = ["LayerNodes", "WeightNodes"]
 
@@ -33,7 +34,7 @@ class WeightNodes:
         self._graph = graph
         self._layout = layout
         self._float32_scales: dict[str, str] = {}
-        self._rotary: tuple[str, str] | None = None
+        self._rotary: dict[Rope, tuple[str, str]] = {}
 
     def plan(self, role: Role, layer: int | None = None) -> WeightPlan | None:
         """The weight that holds a role; None if the model has none there."""
@@ -42,6 +43,11 @@ class WeightNodes:
     def vector(self, role: Role, layer: int | None) -> str:
         """The values of a bias, or of another vector or a convolution, as the model has them."""
         return self._graph.external(self._layout.weight(role, layer).codes)
+
+    @property
+    def rms_norm_eps(self) -> float:
+        """Epsilon of the norms."""
+        return self._layout.spec.rms_norm_eps
 
     def norm_scales(self, role: Role, layer: int | None) -> str:
         """The scales that a norm multiplies by; the file keeps the model's values."""
@@ -68,19 +74,19 @@ class WeightNodes:
             epsilon=self._layout.spec.rms_norm_eps,
         )
 
-    def rotary_caches(self, total_length: str) -> tuple[str, str]:
+    def rotary_caches(self, rope: Rope, total_length: str) -> tuple[str, str]:
         """Cosine and sine, each [context, width / 2]; if short texts are turned differently, the rows in use.
 
         ``total_length``, int32, decides as in transformers: by the length of the text so far, the cached part included.
         """
-        tables = self._graph.external(self._layout.rotary_cosine), self._graph.external(self._layout.rotary_sine)
-        spec = self._layout.spec
-        shorter, *longer = spec.rope.table_lengths(spec.context_length)
+        cosine, sine = self._layout.rotaries[rope]
+        tables = self._graph.external(cosine), self._graph.external(sine)
+        shorter, *longer = rope.table_lengths(self._layout.spec.context_length)
         if not longer:
             return tables
-        if self._rotary is None:
-            self._rotary = self._chosen_rows(tables, total_length, shorter)
-        return self._rotary
+        if rope not in self._rotary:
+            self._rotary[rope] = self._chosen_rows(tables, total_length, shorter)
+        return self._rotary[rope]
 
     def _chosen_rows(self, tables: tuple[str, str], total_length: str, shorter: int) -> tuple[str, str]:
         graph = self._graph
@@ -112,6 +118,13 @@ class WeightNodes:
             gather_axis=0,
             quantize_axis=1,
         )
+
+    def products_of_experts(self, role: Role, layer: int, values: Sequence[str], output: str) -> list[str]:
+        """The rows of each expert @ its matrix.T; the matrices are parts of the tensors of all experts."""
+        whole = self._layout.weight(role, layer)
+        return [
+            self._product(_of_expert(whole, expert), rows, f"{output}.{expert}") for expert, rows in enumerate(values)
+        ]
 
     def linear(self, role: Role, layer: int | None, values: str, output: str, bias: Role | None = None) -> str:
         """Adds values @ weight.T, plus the bias of that role where the model has one.
@@ -162,6 +175,18 @@ class WeightNodes:
         return self._float32_scales[stored]
 
 
+def _of_expert(weight: WeightPlan, expert: int) -> WeightPlan:
+    """One expert's part of a weight, in the same bytes of the file."""
+
+    def part(tensor: TensorPlan) -> TensorPlan:
+        n_bytes = tensor.n_bytes // tensor.shape[0]
+        name, offset = expert_matrix(tensor.name, expert), tensor.offset + expert * n_bytes
+        return replace(tensor, name=name, shape=tensor.shape[1:], offset=offset)
+
+    scales = None if weight.scales is None else part(weight.scales)
+    return replace(weight, shape=weight.shape[1:], codes=part(weight.codes), scales=scales)
+
+
 @dataclass(frozen=True)
 class LayerNodes:
     """Adds nodes that apply the weights of one decoder layer.
@@ -172,6 +197,7 @@ class LayerNodes:
         spec: the layer as it is written.
         index: its index.
         context_length: the number of tokens that the graph is written for.
+        caches_differ: not all layers that attend have caches of the same sizes.
     """
 
     graph: GraphBuilder
@@ -179,6 +205,7 @@ class LayerNodes:
     spec: LayerSpec
     index: int
     context_length: int
+    caches_differ: bool = False
 
     @property
     def prefix(self) -> str:
@@ -210,6 +237,16 @@ class LayerNodes:
     def products(self, role: Role, part: int, values: Sequence[str], output: str) -> list[str]:
         """The values of each head @ its matrix.T; ``part`` says which of a head's matrices in the tensor."""
         return self.weights.products(role, self.index, part, values, output)
+
+    def products_of_experts(self, role: Role, values: Sequence[str], output: str) -> list[str]:
+        """The rows of each expert @ its matrix.T."""
+        return self.weights.products_of_experts(role, self.index, values, output)
+
+    def head_norm(self, values: str, width: int, output: str) -> str:
+        """Normalises the last axis, of so many values, without scales."""
+        scales = self.graph.constant(f"norm.ones_{width}", np.ones(width), np.float32)
+        epsilon = self.weights.rms_norm_eps
+        return self.graph.node("RMSNormalization", [values, scales], output, axis=-1, epsilon=epsilon)
 
     def split(self, values: str, lengths: Sequence[int], name: str) -> list[str]:
         """Cuts the last axis; ``name`` ends those of the pieces and of their lengths."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from compressors.calibration.statistics import Importance
+from compressors.model.description.rope import Rope
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
@@ -93,24 +94,24 @@ def write_onnx(
 
 def _rotary_piece(layout: TensorLayout) -> Piece:
     """The rotary caches, which lie behind all weights."""
-    caches = [Place(tensor.offset, tensor.n_bytes) for tensor in (layout.rotary_cosine, layout.rotary_sine)]
+    caches = [Place(tensor.offset, tensor.n_bytes) for tables in layout.rotaries.values() for tensor in tables]
     n_bytes = sum(place.n_bytes for place in caches)
     return Piece(n_bytes, caches[-1].end, lambda: partial(_rotary_parts, layout.spec, caches))
 
 
 def _rotary_parts(spec: ModelSpec, places: Sequence[Place]) -> list[Part]:
-    caches = _rotary_caches(spec)
+    caches = [cache for rope in spec.ropes for cache in _rotary_caches(rope, spec.context_length)]
     return [place.part(cache.numpy()) for place, cache in zip(places, caches, strict=True)]
 
 
-def _rotary_caches(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotary_caches(rope: Rope, context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes cosine and sine of every position's angles, float32 [rows, width / 2], as transformers does.
 
     Each table is that of a text as long as its rows.
     """
     tables = [
-        torch.outer(torch.arange(n_tokens, dtype=torch.float32), spec.rope.inverse_frequencies(n_tokens))
-        for n_tokens in spec.rope.table_lengths(spec.context_length)
+        torch.outer(torch.arange(n_tokens, dtype=torch.float32), rope.inverse_frequencies(n_tokens))
+        for n_tokens in rope.table_lengths(context_length)
     ]
     angles = torch.cat(tables)
-    return angles.cos() * spec.rope.attention_factor, angles.sin() * spec.rope.attention_factor
+    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor

@@ -14,8 +14,8 @@ _PROJECTIONS = (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN)
 _OF_AN_EXPERT = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
-def add_dense(layer: LayerNodes, dense: Dense, normed: str) -> str:
-    """Adds a dense layer's feed-forward; in a dense student it is what was the only expert."""
+def add_dense(layer: LayerNodes, dense: Dense, normed: str, _residual: str) -> str:
+    """Adds a dense layer's feed-forward, of which all reads ``normed``; in a dense student it was the only expert."""
     projections = _PROJECTIONS if Role.DENSE_UP in layer.spec.roles else _OF_AN_EXPERT
     return add_neurons(layer, projections, dense.glu, normed, f"{layer.prefix}feed_forward")
 

@@ -12,9 +12,16 @@ from exporter.writing.onnx.weights import LayerNodes
 
 __all__ = ["add_feed_forward"]
 
-_ADD: Mapping[type, Callable[[LayerNodes, Any, str], str]] = {Routed: add_routed, Dense: add_dense}
+_ADD: Mapping[type, Callable[[LayerNodes, Any, str, str], str]] = {Routed: add_routed, Dense: add_dense}
 
 
-def add_feed_forward(layer: LayerNodes, feed_forward: FeedForward, normed: str) -> str:
-    """Adds the nodes of a layer's feed-forward; returns its output, to be added to the residual stream."""
-    return _ADD[type(feed_forward)](layer, feed_forward, normed)
+def add_feed_forward(layer: LayerNodes, feed_forward: FeedForward, normed: str, residual: str) -> str:
+    """Adds the nodes of a layer's feed-forward; returns its output, to be added to the residual stream.
+
+    Args:
+        layer: takes the nodes.
+        feed_forward: the feed-forward.
+        normed: its input.
+        residual: the residual stream, which parts with norms of their own read.
+    """
+    return _ADD[type(feed_forward)](layer, feed_forward, normed, residual)

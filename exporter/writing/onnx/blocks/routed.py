@@ -8,6 +8,9 @@ import numpy as np
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.roles import Role
+from compressors.model.files.onnx_names import ROUTER_FACTOR
+from exporter.capabilities.onnx import needs_nodes
+from exporter.writing.onnx.blocks.chosen_experts import add_chosen_experts
 from exporter.writing.onnx.blocks.shared import add_shared
 from exporter.writing.onnx.builder import MICROSOFT
 from exporter.writing.onnx.glu import operator_attributes
@@ -20,20 +23,39 @@ __all__ = ["add_routed"]
 _ROUTER_WEIGHTS_INPUT = 14  # an input of QMoE
 
 
-def add_routed(layer: LayerNodes, routed: Routed, normed: str) -> str:
+def add_routed(layer: LayerNodes, routed: Routed, normed: str, residual: str) -> str:
     """Adds router, experts and, if there is one, the shared expert."""
-    graph, prefix, output = layer.graph, layer.prefix, f"{layer.prefix}moe"
-    logits = layer.linear(Role.ROUTER, normed, f"{prefix}router", Role.ROUTER_BIAS)
-    bias = layer.vector(Role.SELECTION_BIAS) if routed.routing.has_selection_bias else None
-    routing = add_routing(graph, routed, logits, bias, prefix)
+    output = f"{layer.prefix}moe"
+    states = _router_states(layer, residual) if routed.router_has_norm else normed
+    logits = layer.linear(Role.ROUTER, states, f"{layer.prefix}router", Role.ROUTER_BIAS)
     experts = output if routed.shared is None else f"{output}.experts"
-    of_operator = experts if routing.factor is None else f"{experts}.unscaled"
-    found = _add_experts(layer, routed, routing, normed, of_operator)
-    if routing.factor is not None:
-        found = graph.node("Mul", [found, routing.factor], experts)
+    found = _add_chosen(layer, routed, logits, normed, experts)
     if routed.shared is None:
         return found
-    return graph.node("Add", [found, add_shared(layer, routed.shared, routed.glu, normed)], output)
+    return layer.graph.node("Add", [found, add_shared(layer, routed.shared, routed.glu, normed, residual)], output)
+
+
+def _router_states(layer: LayerNodes, residual: str) -> str:
+    """The router's own norm of the residual stream, divided by the root of its size."""
+    normed = layer.rms_norm(Role.ROUTER_NORM, residual, f"{layer.prefix}router.normed")
+    factor = layer.graph.constant(ROUTER_FACTOR, layer.spec.hidden_size**-0.5, np.float32)
+    return layer.graph.node("Mul", [normed, factor], f"{layer.prefix}router.states")
+
+
+def _add_chosen(layer: LayerNodes, routed: Routed, logits: str, normed: str, output: str) -> str:
+    """Adds the routed experts, by an operator or by nodes, and the norm behind them if there is one."""
+    plain = output if Role.EXPERTS_OUTPUT_NORM not in layer.spec.roles else f"{output}.plain"
+    add = add_chosen_experts if needs_nodes(routed) else _add_by_operator
+    found = add(layer, routed, logits, normed, plain)
+    return found if plain == output else layer.rms_norm(Role.EXPERTS_OUTPUT_NORM, found, output)
+
+
+def _add_by_operator(layer: LayerNodes, routed: Routed, logits: str, normed: str, output: str) -> str:
+    bias = layer.vector(Role.SELECTION_BIAS) if routed.routing.has_selection_bias else None
+    routing = add_routing(layer.graph, routed, logits, bias, layer.prefix)
+    of_operator = output if routing.factor is None else f"{output}.unscaled"
+    found = _add_experts(layer, routed, routing, normed, of_operator)
+    return found if routing.factor is None else layer.graph.node("Mul", [found, routing.factor], output)
 
 
 def _add_experts(layer: LayerNodes, routed: Routed, routing: OperatorRouting, normed: str, output: str) -> str:

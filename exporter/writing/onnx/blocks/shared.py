@@ -13,9 +13,21 @@ __all__ = ["add_shared"]
 _PROJECTIONS = (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)
 
 
-def add_shared(layer: LayerNodes, shared: Shared, glu: Glu, normed: str) -> str:
-    """Adds the shared expert's nodes; returns its output, multiplied by its gate if it has one."""
+def add_shared(layer: LayerNodes, shared: Shared, glu: Glu, normed: str, residual: str) -> str:
+    """Adds the shared expert's nodes; returns its output, multiplied by its gate if it has one.
+
+    Args:
+        layer: takes the nodes.
+        shared: the expert.
+        glu: the function between its products.
+        normed: the routed experts' input, which is its own too, unless it has norms.
+        residual: the residual stream.
+    """
     name = f"{layer.prefix}shared"
+    if shared.has_norms:
+        own = layer.rms_norm(Role.SHARED_NORM, residual, f"{name}.normed_input")
+        output = add_neurons(layer, _PROJECTIONS, glu, own, f"{name}.plain")
+        return layer.rms_norm(Role.SHARED_OUTPUT_NORM, output, name)
     if not shared.is_gated:
         return add_neurons(layer, _PROJECTIONS, glu, normed, name)
     output = add_neurons(layer, _PROJECTIONS, glu, normed, f"{name}.ungated")

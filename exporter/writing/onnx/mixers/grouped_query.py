@@ -27,15 +27,15 @@ class GroupedQueryNodes:
         mixer, prefix, index = self._mixer, layer.prefix, layer.index
         query, gate = self._query(layer, normed)
         key = layer.linear(Role.KEY, normed, f"{prefix}key", Role.KEY_BIAS)
-        value = layer.linear(Role.VALUE, normed, f"{prefix}value", Role.VALUE_BIAS)
+        value = self._value(layer, normed, key)
         if mixer.turns_before_norms:
             query = self._turned(layer, query, mixer.n_heads, mask)
             key = self._turned(layer, key, mixer.n_kv_heads, mask)
         query = self._norm(layer, Role.QUERY_NORM, query, mixer.n_heads)
         key = self._norm(layer, Role.KEY_NORM, key, mixer.n_kv_heads)
-        past = add_past(layer.graph, index, self._heads)
+        past = add_past(layer, self._heads)
         rope = None if mixer.turns_before_norms else mixer.rope
-        rotary = ("", "") if rope is None else layer.weights.rotary_caches(mask.total_length)
+        rotary = ("", "") if rope is None else layer.weights.rotary_caches(rope, mask.total_length)
         sinks = layer.vector(Role.SINKS) or ""
         attended = layer.graph.node(
             "GroupQueryAttention",
@@ -76,6 +76,17 @@ class GroupedQueryNodes:
         )
         return query, gate
 
+    def _value(self, layer: LayerNodes, normed: str, key: str) -> str:
+        """The values: by a matrix of their own, or the keys as they are projected."""
+        mixer, name = self._mixer, f"{layer.prefix}value"
+        value = key if mixer.values_are_keys else layer.linear(Role.VALUE, normed, name, Role.VALUE_BIAS)
+        if not mixer.norms_values:
+            return value
+        heads = self._heads_apart(layer, value, f"{name}.heads")
+        return self._joined(
+            layer, layer.head_norm(heads, mixer.head_dim, f"{name}.normed_heads"), mixer.n_kv_heads, name
+        )
+
     def _turned(self, layer: LayerNodes, values: str, n_heads: int, mask: AttentionMask) -> str:
         """Turns the projected queries or keys, as the operator would do it behind their norms.
 
@@ -85,7 +96,7 @@ class GroupedQueryNodes:
         assert mask.in_text is not None and rope is not None
         return layer.graph.node(
             "RotaryEmbedding",
-            [values, mask.in_text, *layer.weights.rotary_caches(mask.total_length)],
+            [values, mask.in_text, *layer.weights.rotary_caches(rope, mask.total_length)],
             f"{values}.turned",
             domain=MICROSOFT,
             interleaved=int(rope.interleaved),
@@ -99,12 +110,18 @@ class GroupedQueryNodes:
             return values
         if self._mixer.qk_norm is QkNorm.WHOLE:
             return layer.rms_norm(role, values, f"{values}.normed")
-        graph, width = layer.graph, self._mixer.head_dim
-        # each head is normalised by itself: [batch, sequence * heads, head_dim] in between
-        heads = graph.node("Reshape", [values, graph.constant("shape.heads", [0, -1, width])], f"{values}.heads")
-        normed = layer.rms_norm(role, heads, f"{values}.normed_heads")
-        joined = graph.constant(f"shape.{n_heads}_heads_joined", [0, -1, n_heads * width])
-        return graph.node("Reshape", [normed, joined], f"{values}.normed")
+        normed = layer.rms_norm(role, self._heads_apart(layer, values, f"{values}.heads"), f"{values}.normed_heads")
+        return self._joined(layer, normed, n_heads, values)
+
+    def _heads_apart(self, layer: LayerNodes, values: str, output: str) -> str:
+        """The heads one by one, each of which is normalised by itself: [batch, sequence * heads, head_dim]."""
+        shape = layer.graph.constant("shape.heads", [0, -1, self._mixer.head_dim])
+        return layer.graph.node("Reshape", [values, shape], output)
+
+    def _joined(self, layer: LayerNodes, heads: str, n_heads: int, name: str) -> str:
+        """The heads of each token side by side again."""
+        joined = layer.graph.constant(f"shape.{n_heads}_heads_joined", [0, -1, n_heads * self._mixer.head_dim])
+        return layer.graph.node("Reshape", [heads, joined], f"{name}.normed")
 
     def _window(self, context_length: int) -> dict[str, Any]:
         """The attribute of the window; empty if no text is longer."""

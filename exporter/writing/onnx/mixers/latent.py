@@ -38,7 +38,7 @@ class LatentNodes:
         """Adds projections, their norms, attention, and the heads' matrices before and behind it."""
         tokens = mask.cached
         assert tokens is not None
-        rotary = layer.weights.rotary_caches(mask.total_length)
+        rotary = layer.weights.rotary_caches(self._mixer.rope, mask.total_length)
         query = self._turned(layer, self._query(layer, normed), self._mixer.n_heads, (tokens.positions, *rotary))
         vector = self._turned(layer, self._vector(layer, normed), 1, (tokens.positions, *rotary))
         cached = self._cached(layer, vector, mask, tokens)
@@ -94,7 +94,7 @@ class LatentNodes:
         halves = layer.split(vector, [self._cache.width] * 2, "halves")
         graph.node(
             "GroupQueryAttention",
-            [halves[0], *halves, *add_past(graph, layer.index, self._cache), mask.last_positions, mask.total_length],
+            [halves[0], *halves, *add_past(layer, self._cache), mask.last_positions, mask.total_length],
             [f"{layer.prefix}vector.unused", *present],
             domain=MICROSOFT,
             num_heads=1,

@@ -173,8 +173,9 @@ def _put_rotary(data: npt.NDArray[np.uint8], layout: TensorLayout) -> None:
     spec = layout.spec
     rows = np.arange(spec.context_length, dtype=np.float32)[:, None]
     angles = rows * spec.rope.inverse_frequencies(spec.context_length).numpy()
-    put_values(data, layout.rotary_cosine, np.cos(angles))
-    put_values(data, layout.rotary_sine, np.sin(angles))
+    cosine, sine = layout.rotaries[spec.rope]
+    put_values(data, cosine, np.cos(angles))
+    put_values(data, sine, np.sin(angles))
 
 
 def put_values(data: npt.NDArray[np.uint8], tensor: Any, values: npt.NDArray[Any]) -> None:

@@ -399,14 +399,20 @@ def test_units_hold_every_matrix_under_a_name_of_its_own(base: ModelSpec) -> Non
     }
 
 
+_GEGLU = Glu(Activation.GELU_TANH)
+
+
 @pytest.mark.parametrize(
-    ("glu", "named"),
+    ("glu", "routing", "vectors", "named"),
     [
-        (Glu(Activation.GELU_TANH), "gelu_pytorch_tanh"),
-        (Glu(Activation.RELU_SQUARED, is_gated=False), "without a gate.*relu2"),
+        (Glu(Activation.RELU_SQUARED, is_gated=False), Routing(), (), "without a gate.*relu2"),
+        (_GEGLU, _SIGMOID, (), "one rule for experts that no operator computes; this model's is sigmoid"),
+        (_GEGLU, Routing(), _EXPERT_BIASES, "biases of such experts"),
     ],
 )
-def test_experts_that_the_operators_cannot_compute_are_refused(base: ModelSpec, glu: Glu, named: str) -> None:
-    spec = with_layers(base, described_layer(attention(), _routed(Routing(), glu), _HIDDEN))
+def test_experts_that_neither_operators_nor_nodes_compute_are_refused(
+    base: ModelSpec, glu: Glu, routing: Routing, vectors: tuple[Role, ...], named: str
+) -> None:
+    spec = with_layers(base, described_layer(attention(), _routed(routing, glu), _HIDDEN, vectors))
     with pytest.raises(UnsupportedError, match=rf"{named}.*cannot be written as ONNX"):
         plan_tensors(spec, "F32")
