@@ -78,6 +78,7 @@ def _family_section(module: ModuleType) -> Iterator[str]:
     yield _row("layers", "; ".join(dict.fromkeys(map(_kinds, spec.layers))))
     yield _row("routing", "; ".join(_routing_rules(spec)))
     yield _row("in llama.cpp", f"`{family.gguf.architecture}`")
+    yield _row("GGUF files as originals", "no" if family.gguf.settings is None else "yes")
     yield _row("rotary embeddings as GGUF", ", ".join(f"`{kind}`" for kind in _ropes_in_gguf(spec)))
     dense = family.dense
     yield _row(

@@ -133,7 +133,7 @@ def _option(name: str, help: str | None) -> Callable[[_Function], _Function]:
 @click.argument("model", required=False)
 @_flags(*_EXPORT_FLAGS)
 def export(**arguments: Any) -> None:
-    """Compress MODEL (a local folder or a hub id; without it a small bundled model) to the memory BUDGET."""
+    """Compress MODEL (a folder, a hub id or a GGUF file; without it a small bundled model) to the memory BUDGET."""
     _refuse_unknown_family(arguments["model"])
     with requests_wait():
         from exporter.pipeline.running import follow

@@ -23,12 +23,16 @@ Stored = tuple[npt.NDArray[Any], GGMLQuantizationType]
 def copy_gguf(
     source: Path, target: Path, changes: Mapping[str, Typed | None], tensors: Mapping[str, Stored] | None = None
 ) -> None:
-    """Writes a copy whose metadata has these values, and some other tensors; None leaves a key out."""
+    """Writes a copy whose metadata has these values, and some other tensors, new ones last; None leaves a key out."""
     reader = GGUFReader(source)
     writer = _writer(reader, target, changes)
     for tensor in reader.tensors:
         data, ggml_type = (tensors or {}).get(tensor.name, (tensor.data, tensor.tensor_type))
         writer.add_tensor(tensor.name, data, raw_dtype=ggml_type)
+    there = {tensor.name for tensor in reader.tensors}
+    for name, (data, ggml_type) in (tensors or {}).items():
+        if name not in there:
+            writer.add_tensor(name, data, raw_dtype=ggml_type)
     _write(writer)
 
 

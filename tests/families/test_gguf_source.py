@@ -7,10 +7,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
 from compressors.model.config.config_check import check_against_transformers
+from compressors.model.errors import UnsupportedError
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.gguf_source import GgufSource
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
@@ -18,6 +21,7 @@ from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf
 from tests.families.conftest import logits_of
 from tests.families.rows import Row
+from tests.gguf_copies import copy_gguf
 
 _READ_AS = {"glm4_moe_lite": "deepseek_v3"}
 """Families whose files say nothing that tells them from another, which computes the same."""
@@ -77,3 +81,28 @@ def test_pruned_it_computes_what_the_pruned_original_does(
         student = Student(source, ExpertMap.keeping(source.spec.n_experts, kept))
         found.append(logits_of(StreamedModel(student), blocks_BT))
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["glm4_moe"], indirect=True)
+def test_layers_for_several_tokens_at_once_are_read_past(written: Path, tmp_path: Path) -> None:
+    """As llama.cpp's converter writes them: behind the last layer, and counted among all."""
+    whole = GgufSource(written)
+    n_layers, behind = whole.spec.n_layers, f"blk.{whole.spec.n_layers}."
+    more = {
+        tensor.name.replace(f"blk.{n_layers - 1}.", behind): (tensor.data, tensor.tensor_type)
+        for tensor in GGUFReader(written).tensors
+        if tensor.name.startswith(f"blk.{n_layers - 1}.")
+    }
+    more[f"{behind}nextn.eh_proj.weight"] = (np.ones((64, 128), dtype=np.float32), GGMLQuantizationType.F32)
+    counts = {"glm4moe.block_count": n_layers + 1, "glm4moe.nextn_predict_layers": 1}
+    path = tmp_path / "mtp.gguf"
+    copy_gguf(written, path, {key: (count, GGUFValueType.UINT32) for key, count in counts.items()}, more)
+    source = GgufSource(path)
+    assert source.spec == whole.spec
+    assert source.parts_read_past == {"layers for predicting several tokens at once (MTP)": len(more)}
+    assert source.n_bytes == whole.n_bytes
+    write_gguf(Student.teacher(source), "F32", tmp_path / "again.gguf", name="toy", threads=1)
+    assert (tmp_path / "again.gguf").read_bytes() == written.read_bytes()
+    copy_gguf(written, path, {}, more)
+    with pytest.raises(UnsupportedError, match=rf"tensor {behind}\w+.weight belongs to no part"):
+        GgufSource(path)

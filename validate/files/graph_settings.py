@@ -301,7 +301,7 @@ def _table_symptoms(
     tables: dict[str, tuple[bool, Rope]] = {}  # name -> True if it holds sines, and the embedding of the first layer
     layer = -1
     for node in graph.node:
-        layer += node.op_type in (*_ATTENTION, *STATE_OPERATORS)
+        layer += node.op_type in (*_ATTENTION, *state_operators(spec))
         rope = spec.layers[min(max(layer, 0), spec.n_layers - 1)].mixer.rope or spec.rope
         for is_sine, place in enumerate(places.get(node.op_type, ())):
             if len(node.input) > place and node.input[place] in weights:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.sources.gguf_source import GgufSource
@@ -34,17 +34,7 @@ def file(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 
 def _with_tensor(source: Path, target: Path, name: str) -> None:
-    reader, writer = GGUFReader(source), GGUFWriter(target, "qwen3moe")
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            writer.add_key_value(key, field.contents(), *field.types[:2])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.add_tensor(name, np.ones(32, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    copy_gguf(source, target, {}, {name: (np.ones(32, dtype=np.float32), GGMLQuantizationType.F32)})
 
 
 @pytest.mark.parametrize(
