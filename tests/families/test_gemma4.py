@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,15 +15,22 @@ from compressors.model.description.gguf_rope import gguf_rope_of
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
+from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
+from compressors.model.sources.onnx import MODEL_FILE
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refusal
 from exporter.writing.gguf.memory import predict_runtime_bytes
+from exporter.writing.onnx.writer import write_onnx
 from tests.families.conftest import logits_of
+from validate.files.file_facts import onnx_facts
+from validate.routing.router_alone import RouterInputRecorder, router_alone
+from validate.routing.router_inputs import RouterInputs
+from validate.runtimes.onnx import OnnxRuntimeBackend
 
 
 @pytest.fixture(scope="module", params=["gemma4_text"])
@@ -63,6 +71,24 @@ def test_a_block_computes_what_the_experts_add(folder: Path, stock: nn.Module, b
     list(LayerwiseCompression(source, targets, statistics, blocks_BT, n_sample_blocks=2).run())
     for found, expected in zip(look.outputs, outputs, strict=True):
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_routers_in_onnx_runtime_choose_from_torch_s_inputs(
+    folder: Path, blocks_BT: torch.Tensor, tmp_path: Path
+) -> None:
+    """They read the norm of the residual stream, which the experts do not."""
+    student = Student.teacher(Checkpoint(folder))
+    recorder = RoutingRecorder(student.spec)
+    inputs = RouterInputRecorder(tmp_path / "inputs", student.spec, np.arange(len(blocks_BT)), blocks_BT.shape[1])
+    StreamedModel(student).stream([TokenGroup(blocks_BT, [recorder.observe, inputs.observe])])
+    inputs.finish(recorder.routing())
+    write_onnx(student, "F32", tmp_path / "onnx", threads=1)
+    fed, backend = RouterInputs(tmp_path / "inputs"), OnnxRuntimeBackend(tmp_path / "onnx", threads=1)
+    alone = router_alone(fed, backend.route(blocks_BT.numpy(), fed))
+    assert alone.agreement.mean("overlap") == 1.0 and alone.margin_error < 1e-5
+    facts = onnx_facts(tmp_path / "onnx" / MODEL_FILE)
+    assert (facts.n_experts, facts.top_k) == (8, 2)
 
 
 def test_a_student_whose_last_layer_has_a_window_cannot_be_saved(folder: Path, blocks_BT: torch.Tensor) -> None:

@@ -89,7 +89,9 @@ def onnx_facts(path: Path) -> FileFacts:
     weights = {tensor.name: tensor for tensor in graph.initializer}
     moe = [node for node in graph.node if node.op_type in ("MoE", "QMoE")]
     counts = [tensor.dims[0] for tensor in _inputs(moe, 2, weights) if tensor.dims]
-    counts += [len(node.input) for node in graph.node if node.output[0].endswith(BY_EXPERT)]
+    counts += [
+        len(node.input) for node in _all_nodes(graph) if node.op_type == "Concat" and BY_EXPERT in node.output[0]
+    ]
     chosen = [_number(node, "k", 1) for node in moe] + list(_chosen(graph, weights))
     caches = [value for value in graph.input if is_cache_input(value.name)]
     return FileFacts(
@@ -101,6 +103,15 @@ def onnx_facts(path: Path) -> FileFacts:
         rms_norm_eps=None,
         vocab_size=next((_last_dimension(value) for value in graph.output if value.name == "logits"), None),
     )
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yields the nodes of a graph, and those of the graphs inside of them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _all_nodes(attribute.g)
 
 
 def _chosen(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto]) -> Iterator[int]:
@@ -133,7 +144,7 @@ def _inputs(
 def _operator_bits(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto]) -> float:
     """Mean bits of a weight, scales included, in the largest operators: experts, else quantized linears."""
     for kinds in (("QMoE", "MoE"), ("MatMulNBits",)):
-        nodes = [node for node in graph.node if node.op_type in kinds]
+        nodes = [node for node in _all_nodes(graph) if node.op_type in kinds]
         found = [(_node_bits(node, weights), _node_values(node, weights)) for node in nodes]
         if found:
             n_values = sum(of_node for _, of_node in found)

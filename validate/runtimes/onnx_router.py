@@ -196,7 +196,7 @@ def router_graph(model: onnx.ModelProto, states: str, outputs: Sequence[str]) ->
     """
     makers = {output: node for node in model.graph.node for output in node.output}
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes: list[onnx.NodeProto] = []  # the last first
+    nodes: dict[str, onnx.NodeProto] = {}  # by the first output; several outputs of one may be needed
     needed: dict[str, onnx.TensorProto] = {}
     wanted, seen = list(outputs), {states, ""}  # an input that is left out has an empty name
     while wanted:
@@ -207,13 +207,13 @@ def router_graph(model: onnx.ModelProto, states: str, outputs: Sequence[str]) ->
         if name in weights:
             needed[name] = weights[name]
         elif name in makers:
-            nodes.append(makers[name])
+            nodes[makers[name].output[0]] = makers[name]
             wanted.extend(makers[name].input)
         else:
             return None  # an input of the whole graph
     order = {node.output[0]: position for position, node in enumerate(model.graph.node)}
     graph = onnx.helper.make_graph(
-        sorted(nodes, key=lambda node: order[node.output[0]]),
+        sorted(nodes.values(), key=lambda node: order[node.output[0]]),
         "router",
         [onnx.helper.make_tensor_value_info(states, onnx.TensorProto.FLOAT, None)],
         [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],

@@ -74,7 +74,10 @@ def test_onnx_refuses_what_its_graphs_do_not_compute(spec: ModelSpec) -> None:
     short = replace(delta, mixer=replace(delta.mixer, kernel=1))
     rope = replace(spec.rope, width=24)
     for model, said in (
-        (_with_experts_like(spec, glu=Glu(Activation.GELU_TANH)), "whose gate's activation is gelu_pytorch_tanh"),
+        (
+            _with_experts_like(spec, glu=Glu(Activation.RELU_SQUARED, is_gated=False)),
+            "a gate whose activation is relu2",
+        ),
         (replace(spec, layers=(short, *others)), "the convolution of this model covers one token"),
         (altered(spec, head_dim=40), "runs heads of a multiple of 16 values; this model's have 40"),
         (altered(spec, rope=rope), "turns a multiple of 16 values of a head; this model's attention turns 24"),

@@ -1,10 +1,10 @@
 """Routed experts by nodes, for functions that ONNX Runtime's operators for experts do not compute on the CPU.
 
 The rows of all tokens are sorted by their experts, and each expert multiplies its own rows, of which there may be none:
-products of no rows cost next to nothing. One step of a model then takes less than twice as long as with QMoE, and a
-prompt as long (measured with 64 experts of Gemma 4's size, 8 for each token, 4 bits, one thread: 18 ms against 10 ms a
-layer for one token, 742 against 720 ms for 256). To gather the chosen experts' codes and widen them takes 15 times as
-long.
+products of no rows cost next to nothing. With 128 experts in 6 layers, 8 for each token, at 4 bits and one thread, a
+step of such a model takes 1.3 times as long as with QMoE's SwiGLU (medians of 63 against 45 ms, least 39 against 31),
+and a prompt of 256 tokens as long. One layer of 64 experts as large as Gemma 4's takes 18 ms against 10. To gather the
+chosen experts' codes and widen them, by operators that can, takes 15 times as long.
 
 Letters: R rows, one for each token and each of its experts.
 """
@@ -47,6 +47,7 @@ class _Experts:
         chosen, weights = self._choice(logits)
         flat = graph.node("Reshape", [chosen, graph.constant("shape.flat", [-1])], f"{name}.of_rows")
         count = graph.node("Shape", [flat], f"{name}.rows")
+        graph.node("Greater", [count, graph.constant("axis.0", [0])], f"{name}.has_rows")
         graph.node("TopK", [flat, count], [f"{name}.sorted", f"{name}.order"], axis=0, largest=0)
         tokens = graph.node("Div", [f"{name}.order", graph.constant(f"number_{n_chosen}", n_chosen)], f"{name}.tokens")
         states = graph.node("Reshape", [normed, self._shape(self._layer.spec.hidden_size)], f"{name}.states")
@@ -80,12 +81,24 @@ class _Experts:
         return graph.node("ReduceSum", [ones, graph.constant("axis.0", [0])], f"{name}.counts", keepdims=0)
 
     def _products(self, role: Role, rows: str, counts: str, what: str) -> str:
-        """Each expert's rows times its matrix, under each other."""
-        n_experts, name = self._routed.n_experts, f"{self._name}.{what}"
-        inputs = [f"{name}.{expert}.inputs{BY_EXPERT}" for expert in range(n_experts)]
-        self._graph.node("Split", [rows, counts], inputs, axis=0)
-        products = self._layer.products_of_experts(role, inputs, name)
-        return self._graph.node("Concat", products, f"{name}{BY_EXPERT}", axis=0)
+        """Each expert's rows times its matrix, under each other.
+
+        They are a graph of their own, which always runs: when ONNX Runtime loads a graph, it compares each value with
+        all that are no longer needed, and among the products of all layers that would take minutes.
+        """
+        graph, name = self._graph, f"{self._name}.{what}"
+
+        def products() -> str:
+            inputs = [f"{name}.{expert}.inputs{BY_EXPERT}" for expert in range(self._routed.n_experts)]
+            graph.node("Split", [rows, counts], inputs, axis=0)
+            outputs = self._layer.products_of_experts(role, inputs, name)
+            return graph.node("Concat", outputs, f"{name}{BY_EXPERT}", axis=0)
+
+        def nothing() -> str:
+            return graph.node("Identity", [rows], f"{name}.nothing")
+
+        has_rows = f"{self._name}.has_rows"
+        return graph.choice(has_rows, name, then=products, otherwise=nothing)
 
     def _hidden(self, gate_up: str) -> str:
         """The values between the products: [R, F]; gates and ups alternate."""
