@@ -41,13 +41,14 @@ _ALL_MODELS_HAVE = frozenset(
         *("num_experts_per_tok",),
         *("use_sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "rope_type", "attention_factor"),
         *("full_attention", "sliding_attention", "original_max_position_embeddings", "beta_fast", "beta_slow"),
-        *("partial_rotary_factor", "per_layer_config"),
+        *("partial_rotary_factor", "per_layer_config", "mscale_all_dim"),
         # keys of GGUF files of every architecture, by which files of other people are read
         *("block_count", "context_length", "embedding_length", "expert_count", "expert_used_count", "freq_base"),
         *("head_count", "head_count_kv", "key_length", "value_length", "dimension_count", "feed_forward_length"),
         *("layer_norm_rms_epsilon", "expert_gating_func", "expert_group_count", "expert_group_used_count"),
         *("expert_weights_norm", "expert_weights_scale", "leading_dense_block_count", "expert_shared_count"),
         *("attention.scale", "embedding_scale", "residual_scale", "logit_scale", "final_logit_softcapping"),
+        *("nextn_predict_layers", "full_attention_interval", "attention.recurrent_layers", "recurrent_layers"),
     }
 )
 _ANOTHER_MEANING = {

@@ -178,7 +178,7 @@ def _within(*stages: Stage) -> Reads:
 SEARCH = Stage(
     "search",
     "search.search",
-    version=1,
+    version=2,
     what="search for the best file that fits",
     reads=_within(COMPRESS, RECOVER, GGUF, ONNX),
     writes=(FOUND, EFFORT, TRIAL),

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
 from compressors.model.config.config_check import check_against_transformers
 from compressors.model.errors import UnsupportedError
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.gguf_source import GgufSource
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
@@ -81,6 +82,18 @@ def test_pruned_it_computes_what_the_pruned_original_does(
         student = Student(source, ExpertMap.keeping(source.spec.n_experts, kept))
         found.append(logits_of(StreamedModel(student), blocks_BT))
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_keys_may_be_missing_where_llama_cpp_takes_the_same_values(written: Path, tmp_path: Path) -> None:
+    """As in files of llama.cpp's converter."""
+    source, file = GgufSource(written), GgufFile(written)
+    architecture = source.family.gguf.architecture
+    absent = {f"{architecture}.{key}": value for key, value in source.family.gguf.absent(source.spec).items()}
+    missing = [key for key, value in absent.items() if key in file.metadata and file.metadata[key] == value]
+    if architecture in ("afmoe", "dots1", "glm4moe"):
+        assert missing
+    copy_gguf(written, tmp_path / "x.gguf", dict.fromkeys(missing))
+    assert GgufSource(tmp_path / "x.gguf").spec == source.spec
 
 
 @pytest.mark.parametrize("family", ["glm4_moe"], indirect=True)

@@ -36,6 +36,7 @@ class GgufFamily:
         refusal: says which part of a model llama.cpp's graph, with its fixed assumptions, cannot compute; None: none.
         takes_rope_factors: its graph divides the rotary angles by a tensor of the file.
         scales_attention: its graph multiplies the products of queries and keys for a longer context.
+        absent: gives the values that llama.cpp takes for keys that a file leaves out, where they are the family's own.
         settings: makes settings of ``config.json`` of the keys of a file, the inverse of ``keys``; None where the file
             is of another family with this architecture. Without the function no file is read.
     """
@@ -45,6 +46,7 @@ class GgufFamily:
     refusal: Callable[[ModelSpec], str | None] = lambda _spec: None
     takes_rope_factors: bool = False
     scales_attention: bool = False
+    absent: Callable[[ModelSpec], Mapping[str, GgufValue]] = lambda _spec: {}
     settings: Callable[[GgufKeys], ConfigValues | None] | None = None
 
 

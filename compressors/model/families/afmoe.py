@@ -135,10 +135,14 @@ def _from_gguf(keys: GgufKeys) -> ConfigValues:
     return {
         **from_gguf.usual_settings(keys, n_experts=_SPELLING.n_experts, width="moe_intermediate_size"),
         **expert_layers.from_keys(keys, _SPELLING, normalizes="route_norm"),
-        **from_gguf.window_settings(keys),
+        **windowed.from_keys(keys),
         "num_dense_layers": keys.count("leading_dense_block_count", 0),
         "mup_enabled": True,
     }
+
+
+def _absent_keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
+    return expert_layers.absent_keys(spec) | windowed.absent_keys(spec)
 
 
 FAMILY = Family(
@@ -147,5 +151,5 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("afmoe", _keys, _refusal, settings=_from_gguf),
+    gguf=GgufFamily("afmoe", _keys, _refusal, absent=_absent_keys, settings=_from_gguf),
 )

@@ -85,7 +85,7 @@ def _refusal(spec: ModelSpec) -> str | None:
 
 def _from_gguf(keys: GgufKeys) -> ConfigValues | None:
     """The settings; None for a DeepSeek-V3, of the same architecture, whose scores are sigmoids."""
-    if keys.count("expert_gating_func", from_gguf.SOFTMAX) != from_gguf.SOFTMAX:
+    if latent.function_of(keys) != from_gguf.SOFTMAX:
         return None
     return {**latent.from_keys(keys), "topk_method": "greedy", "scoring_func": "softmax"}
 
@@ -96,5 +96,12 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("deepseek2", latent.gguf_keys, _refusal, scales_attention=True, settings=_from_gguf),
+    gguf=GgufFamily(
+        "deepseek2",
+        latent.gguf_keys,
+        _refusal,
+        scales_attention=True,
+        absent=latent.absent_keys,
+        settings=_from_gguf,
+    ),
 )

@@ -64,8 +64,7 @@ def _from_gguf(keys: GgufKeys) -> ConfigValues | None:
 
     GLM-4.7-Flash, which computes the same, becomes a DeepSeek-V3.
     """
-    is_sigmoid = keys.count("expert_gating_func", from_gguf.SOFTMAX) == from_gguf.SIGMOID
-    return latent.from_keys(keys) if is_sigmoid else None
+    return latent.from_keys(keys) if latent.function_of(keys) == from_gguf.SIGMOID else None
 
 
 FAMILY = Family(
@@ -74,6 +73,13 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("deepseek2", latent.gguf_keys, latent.gguf_refusal, scales_attention=True, settings=_from_gguf),
+    gguf=GgufFamily(
+        "deepseek2",
+        latent.gguf_keys,
+        latent.gguf_refusal,
+        scales_attention=True,
+        absent=latent.absent_keys,
+        settings=_from_gguf,
+    ),
     skipped=(expert_layers.MTP,),
 )

@@ -102,5 +102,5 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("dots1", _keys, _refusal, settings=_from_gguf),
+    gguf=GgufFamily("dots1", _keys, _refusal, absent=expert_layers.absent_keys, settings=_from_gguf),
 )

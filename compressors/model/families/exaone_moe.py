@@ -104,10 +104,14 @@ def _from_gguf(keys: GgufKeys) -> ConfigValues:
     return {
         **usual,
         **expert_layers.from_keys(keys, _SPELLING),
-        **from_gguf.window_settings(keys),
+        **windowed.from_keys(keys),
         "first_k_dense_replace": n_dense,
         "mlp_layer_types": kinds,
     }
+
+
+def _absent_keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
+    return expert_layers.absent_keys(spec) | windowed.absent_keys(spec)
 
 
 FAMILY = Family(
@@ -116,6 +120,6 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("exaone-moe", _keys, _refusal, takes_rope_factors=True, settings=_from_gguf),
+    gguf=GgufFamily("exaone-moe", _keys, _refusal, takes_rope_factors=True, absent=_absent_keys, settings=_from_gguf),
     skipped=(SkippedPart(r"mtp\..*", "layers for predicting several tokens at once (MTP)"),),
 )

@@ -84,8 +84,8 @@ def _from_gguf(keys: GgufKeys) -> ConfigValues | None:
         **from_gguf.usual_settings(keys, n_experts="n_routed_experts", width="moe_intermediate_size"),
         **expert_layers.from_keys(keys),
         "first_k_dense_replace": n_dense,
-        "attention_bias": keys.has_tensor("blk.{layer}.attn_q.bias"),
-        "use_qk_norm": keys.has_tensor("blk.{layer}.attn_q_norm.weight"),
+        "attention_bias": from_gguf.has(keys, parts.bias_tensors()),
+        "use_qk_norm": from_gguf.has(keys, parts.qk_norm_tensors(QkNorm.PER_HEAD)),
     }
 
 
@@ -95,6 +95,6 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("glm4moe", _keys, settings=_from_gguf),
+    gguf=GgufFamily("glm4moe", _keys, absent=expert_layers.absent_keys, settings=_from_gguf),
     skipped=(expert_layers.MTP,),
 )

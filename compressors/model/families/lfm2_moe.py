@@ -8,6 +8,7 @@ from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.gguf_keys import GgufKeys
+from compressors.model.config.gguf_rope_settings import rope_settings
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
@@ -235,7 +236,7 @@ def _from_gguf(keys: GgufKeys) -> ConfigValues:
     head_dim = from_gguf.head_dim(keys)
     return {
         **model,
-        **from_gguf.rope_settings(keys, head_dim),
+        **rope_settings(keys, head_dim),
         **from_gguf.dense_width(keys),
         "num_attention_heads": keys.count("attention.head_count"),
         "num_key_value_heads": max(n_kv_heads),

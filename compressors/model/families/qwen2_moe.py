@@ -92,7 +92,7 @@ def _from_gguf(keys: GgufKeys) -> ConfigValues:
     return {
         **from_gguf.usual_settings(keys, n_experts="num_experts", width="moe_intermediate_size"),
         "shared_expert_intermediate_size": keys.count("expert_shared_feed_forward_length"),
-        "qkv_bias": keys.has_tensor("blk.{layer}.attn_q.bias"),
+        "qkv_bias": from_gguf.has(keys, parts.bias_tensors()),
         "norm_topk_prob": False,
     }
 

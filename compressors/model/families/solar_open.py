@@ -74,7 +74,7 @@ def _from_gguf(keys: GgufKeys) -> ConfigValues | None:
     return {
         **from_gguf.usual_settings(keys, n_experts="n_routed_experts", width="moe_intermediate_size"),
         **expert_layers.from_keys(keys),
-        "attention_bias": keys.has_tensor("blk.{layer}.attn_q.bias"),
+        "attention_bias": from_gguf.has(keys, parts.bias_tensors()),
     }
 
 
@@ -84,5 +84,5 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("glm4moe", _keys, settings=_from_gguf),
+    gguf=GgufFamily("glm4moe", _keys, absent=expert_layers.absent_keys, settings=_from_gguf),
 )

@@ -127,6 +127,7 @@ def _expected(spec: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataVal
         "expert_used_count": 0,
         "embedding_scale": 1.0,
         "residual_scale": 1.0,
+        **written.family.gguf.absent(written),
     }
     for key, value in keys.items():
         if key != "vocab_size":  # the vocabulary itself decides

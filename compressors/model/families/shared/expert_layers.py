@@ -24,6 +24,7 @@ __all__ = [
     "MTP",
     "USUAL",
     "Spelling",
+    "absent_keys",
     "biased_sigmoid_experts",
     "dense_kinds",
     "edited",
@@ -278,4 +279,14 @@ def from_keys(keys: GgufKeys, spelling: Spelling = USUAL, *, normalizes: str = "
         normalizes: keys.flag("expert_weights_norm", default=False),
         "n_group": keys.count("expert_group_count", 1) or 1,
         "topk_group": keys.count("expert_group_used_count", 1) or 1,
+    }
+
+
+def absent_keys(_spec: ModelSpec) -> dict[str, GgufValue]:
+    """llama.cpp's values of keys of the feed-forwards that a file leaves out."""
+    return {
+        "expert_gating_func": llama_cpp.GATING_FUNCTIONS[Score.SIGMOID],
+        "expert_weights_norm": False,
+        "expert_weights_scale": 1.0,
+        "leading_dense_block_count": 0,
     }

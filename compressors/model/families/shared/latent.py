@@ -8,6 +8,7 @@ from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.gguf_keys import GgufKeys
+from compressors.model.config.gguf_rope_settings import rope_settings
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.description.family import GgufValue
 from compressors.model.description.feed_forward import Routed
@@ -21,8 +22,10 @@ from compressors.model.families.shared import expert_layers, from_gguf, parts
 
 __all__ = [
     "ROPE",
+    "absent_keys",
     "biased_sigmoid_experts",
     "from_keys",
+    "function_of",
     "gguf_keys",
     "gguf_refusal",
     "mixer_tensors",
@@ -197,7 +200,7 @@ def from_keys(keys: GgufKeys) -> dict[str, Any]:
     n_heads, rotary_dim = keys.count("attention.head_count"), keys.count("rope.dimension_count")
     return {
         **from_gguf.model_settings(keys),
-        **from_gguf.rope_settings(keys, rotary_dim),
+        **rope_settings(keys, rotary_dim),
         **expert_layers.from_keys(keys),
         "num_attention_heads": n_heads,
         "num_key_value_heads": n_heads,
@@ -211,6 +214,23 @@ def from_keys(keys: GgufKeys) -> dict[str, Any]:
         "moe_intermediate_size": keys.count("expert_feed_forward_length"),
         "first_k_dense_replace": keys.count("leading_dense_block_count", 0),
     }
+
+
+def absent_keys(spec: ModelSpec) -> dict[str, GgufValue]:
+    """llama.cpp's values of keys that a file leaves out."""
+    found = {"attention.q_lora_rank": 0, "expert_gating_func": _usual_function(spec.n_layers, spec.vocab_size)}
+    return expert_layers.absent_keys(spec) | found
+
+
+def function_of(keys: GgufKeys) -> int:
+    """The function of scores that a file says, or that llama.cpp takes where it says none."""
+    n_layers, (n_tokens, *_) = from_gguf.n_layers(keys), keys.shapes.get("token_embd.weight", (0,))
+    return keys.count("expert_gating_func", _usual_function(n_layers, n_tokens))
+
+
+def _usual_function(n_layers: int, vocab_size: int) -> int:
+    is_flash = n_layers in (47, 48) and vocab_size == 154880  # GLM-4.7-Flash
+    return from_gguf.SIGMOID if is_flash else from_gguf.SOFTMAX
 
 
 def gguf_refusal(spec: ModelSpec) -> str | None:
