@@ -68,6 +68,9 @@ _FILLED = {"not_chosen": -1e4, "shut": -math.inf, "open": 0.0}
 _DELTA = "delta"
 """Follows the layer in the names of a gated delta rule's values."""
 
+_SHARED = ("shared", "shared.ungated")
+"""The names of a shared expert's values, behind the layer's."""
+
 _CONSTANTS: Mapping[str, Any] = {
     "zero": 0,
     "one": 1,
@@ -252,7 +255,9 @@ def _constants_of_glu(layer: LayerSpec) -> dict[str, Any]:
         return {}
     glu = layer.feed_forward.glu
     limits = {} if glu.limit is None else {"glu.low": -glu.limit, "glu.high": glu.limit}
-    return limits | {"glu.alpha": glu.alpha, "glu.offset": glu.offset}
+    shared = None if layer.routed is None else layer.routed.shared
+    halves = {} if shared is None else {f"split.{name}.gate_up.parts": [shared.width] * 2 for name in _SHARED}
+    return limits | halves | {"glu.alpha": glu.alpha, "glu.offset": glu.offset}
 
 
 def _constants_of_routing(layer: LayerSpec) -> dict[str, Any]:

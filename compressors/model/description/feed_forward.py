@@ -19,10 +19,13 @@ class Shared:
     Attributes:
         width: the number of its neurons.
         is_gated: its output is multiplied by the sigmoid of a linear function of its input.
+        module: the module inside transformers' decoder layer that holds it, if it lies beside the routed experts'
+            block, with which it goes; None: it lies inside of that block.
     """
 
     width: int
     is_gated: bool = False
+    module: str | None = None
 
     @property
     def description(self) -> str:
@@ -76,6 +79,12 @@ class Routed:
             raise ValueError("the routing adds no selection bias, but the name of one is given")
         if self.expert_scale is not None and not self.routing.has_expert_scale:
             raise ValueError("the routing has no scale of each expert, but the name of one is given")
+
+    @property
+    def modules(self) -> Mapping[str, int]:
+        """The modules that a layer loses with its experts, and the number of values that each returns."""
+        beside = None if self.shared is None else self.shared.module
+        return {self.block_module: self.block_outputs} | ({} if beside is None else {beside: 1})
 
     @property
     def sizes(self) -> Mapping[str, int]:

@@ -57,6 +57,7 @@ class Role(StrEnum):
     EXPERT_GATE_UP_BIAS = "experts' gate and up biases"  # [E, 2F]
     EXPERT_DOWN_BIAS = "experts' down biases"  # [E, D]
     SHARED_ROUTER = "shared expert's router"  # [1, D]
+    SHARED_GATE_UP = "shared expert's gate and up"  # both of the following in one: [2S, D]
     SHARED_GATE = "shared expert's gate"  # [S, D]
     SHARED_UP = "shared expert's up"  # [S, D]
     SHARED_DOWN = "shared expert's down"  # [D, S]
@@ -92,6 +93,7 @@ _FEED_FORWARD_ROLES = _EXPERT_ROLES | {
     Role.EXPERT_GATE_UP_BIAS,
     Role.EXPERT_DOWN_BIAS,
     Role.SHARED_ROUTER,
+    Role.SHARED_GATE_UP,
     Role.SHARED_GATE,
     Role.SHARED_UP,
     Role.SHARED_DOWN,

@@ -173,7 +173,7 @@ class LayerSpec:
             kept = tuple(tensor for tensor in self.tensors if not tensor.role.is_feed_forward)
             gone = (tensor for tensor in self.tensors if tensor not in kept and tensor.kind is Kind.NORM)
             norms = (LostModule(tensor.submodule) for tensor in gone)
-            lost = (*norms, LostModule(self.routed.block_module, self.routed.block_outputs))
+            lost = (*norms, *(LostModule(name, n_outputs) for name, n_outputs in self.routed.modules.items()))
             return replace(self, feed_forward=None, tensors=kept, lost_modules=lost)
         return replace(self, feed_forward=self.routed.resized(size.n_experts, size.expert_width))
 
