@@ -77,7 +77,7 @@ def _family_section(module: ModuleType) -> Iterator[str]:
     yield _row("layers", "; ".join(dict.fromkeys(map(_kinds, spec.layers))))
     yield _row("routing", "; ".join(_routing_rules(spec)))
     yield _row("in llama.cpp", f"`{family.gguf.architecture}`")
-    yield _row("rotary embeddings as GGUF", ", ".join(f"`{kind}`" for kind in _ropes_in_gguf(spec)))
+    yield _row("rotary embeddings as GGUF", ", ".join(f"`{kind}`" for kind in _ropes_in_gguf(spec)) or "none")
     dense = family.dense
     yield _row(
         "a dense student",
@@ -187,6 +187,8 @@ def _with_narrow_heads(spec: ModelSpec) -> ModelSpec:
 
 
 def _ropes_in_gguf(spec: ModelSpec) -> Iterator[str]:
+    if spec.rope is None:
+        return
     for kind in RopeKind:
         rope = _scaled(spec.rope, kind)
         layers = tuple(

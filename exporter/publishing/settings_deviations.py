@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from compressors.model.config.config_check import check_against_transformers
 from compressors.model.description.gguf_rope import yarn_constants
-from compressors.model.description.rope import RopeKind
+from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.source import Source
 
@@ -22,7 +22,8 @@ def settings_deviations(checkpoint: Source, artifact: str) -> Iterator[str]:
     spec = checkpoint.spec
     check_against_transformers(checkpoint.config, checkpoint.config_path, spec)
     yield from _of_window(spec)
-    yield from _of_rope(spec, artifact)
+    if spec.rope is not None:
+        yield from _of_rope(spec, spec.rope, artifact)
 
 
 def _of_window(spec: ModelSpec) -> Iterator[str]:
@@ -33,17 +34,17 @@ def _of_window(spec: ModelSpec) -> Iterator[str]:
         )
 
 
-def _of_rope(spec: ModelSpec, artifact: str) -> Iterator[str]:
-    if spec.rope.kind is RopeKind.DYNAMIC:
+def _of_rope(spec: ModelSpec, rope: Rope, artifact: str) -> Iterator[str]:
+    if rope.kind is RopeKind.DYNAMIC:
         yield (
             f"the file is written for the {spec.context_length:,} tokens that the model was trained on; the dynamic "
             "scaling of longer texts is not in it"
         )
     if artifact == "gguf":
-        constants = yarn_constants(spec.rope, takes_factors=spec.family.gguf.takes_rope_factors)
+        constants = yarn_constants(rope, takes_factors=spec.family.gguf.takes_rope_factors)
         if constants is not None:
             yield constants
-    shorter = spec.rope.switches_after
+    shorter = rope.switches_after
     if artifact == "gguf" and shorter is not None and shorter < spec.context_length:
         yield (
             f"llama.cpp turns all texts by the long factors if its context is set above {shorter:,} tokens, and by the "

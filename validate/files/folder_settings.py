@@ -15,6 +15,7 @@ import onnx
 
 from compressors.model.config.reading import language_model_config, read_spec
 from compressors.model.description.onnx_cache import Attention, cache_heads
+from compressors.model.description.rope import Rope
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
 from compressors.model.files.json_file import read_json
@@ -154,15 +155,21 @@ def _config_symptoms(folder: Path, source: Source, spec: ModelSpec) -> Iterator[
     for key, wanted in wanted_value.items():
         if is_value.get(key) != wanted:
             yield f"config.json: {key} is {is_value.get(key)!r}, the model's is {wanted!r}"
-    rope = replace(found.rope, trained_context=spec.rope.trained_context)  # files may be written for a shorter context
-    if rope != spec.rope:
-        yield f"config.json: rope_parameters are {found.rope.in_config()}, the model's {spec.rope.in_config()}"
+    rope, wanted_rope = found.rope, spec.rope
+    if rope is not None and wanted_rope is not None:
+        rope = replace(rope, trained_context=wanted_rope.trained_context)  # files may be written for a shorter context
+    if rope != wanted_rope:
+        yield f"config.json: rope_parameters are {_shown(rope)}, the model's {_shown(wanted_rope)}"
     if found.context_length > spec.context_length:
         yield f"config.json: max_position_embeddings is {found.context_length}, the model's {spec.context_length}"
     original = language_model_config(source.config)
     for name in _TOKEN_IDS:
         if _ids(config.get(name)) != _ids(original.get(name)):
             yield f"config.json: {name} is {config.get(name)!r}, the original's {original.get(name)!r}"
+
+
+def _shown(rope: Rope | None) -> str:
+    return "none" if rope is None else str(rope.in_config())
 
 
 def _described(spec: ModelSpec) -> Mapping[str, Any]:
@@ -198,7 +205,7 @@ def _table_length(graph: onnx.GraphProto, spec: ModelSpec) -> int | None:
         if place is not None and len(node.input) > place:
             names.append(node.input[place])
     length = next((lengths[name] for name in names if name in lengths), None)
-    short = spec.rope.switches_after
+    short = None if spec.rope is None else spec.rope.switches_after
     return length - short if length is not None and short is not None and length > short else length
 
 

@@ -87,7 +87,9 @@ def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], spec: ModelSpec
         return [f"general.architecture: {found!r} in the file, but the model is llama.cpp's {architecture!r}"]
     prefix = f"{architecture}."
     settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    if settings.get("context_length") == spec.rope.trained_context:  # longer than a window, which does no harm
+    if (
+        spec.rope is not None and settings.get("context_length") == spec.rope.trained_context
+    ):  # longer than a window, which does no harm
         settings["context_length"] = spec.context_length
     symptoms = [
         f"{_NAMES.get(key, key)}: {_shown(settings.get(key))} in the file, {_shown(wanted)} in config.json"

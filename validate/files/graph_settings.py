@@ -179,10 +179,10 @@ def _rotary_embedding(spec: ModelSpec) -> AllowedValues:
     mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention)]
     counts = {number for mixer in mixers for number in (mixer.n_heads, cache_heads(mixer).number)}
     return {
-        "interleaved": (1,) if spec.rope.interleaved else (0, None),
+        "interleaved": (1,) if spec.rope is not None and spec.rope.interleaved else (0, None),
         "scale": (1.0, None),
         "num_heads": (*sorted(counts), 0, None),
-        "rotary_embedding_dim": (spec.rope.width, 0, None),
+        "rotary_embedding_dim": (0 if spec.rope is None else spec.rope.width, 0, None),
         "is_packed_batching": (0, None),
     }
 
@@ -324,6 +324,9 @@ def rotary_symptoms(
     A table for short texts may stand before that for long ones.
     """
     rope, first = spec.rope, 0
+    if rope is None:
+        yield f"table {name}: the model turns nothing"
+        return
     short = rope.switches_after if rope.switches_after is not None and n_rows > rope.switches_after else 0
     of_short, of_long = (rope.inverse_frequencies(n_tokens).double().numpy() for n_tokens in (short, n_rows - short))
     for piece in pieces:

@@ -102,7 +102,8 @@ def _readings(config: Any, settings: Settings, spec: ModelSpec) -> Iterator[tupl
     windows = _windows(config, spec, by_kind="layer_types" in settings.values)
     ours = tuple(layer.mixer.window for layer in spec.layers)
     yield "sliding_window", *((ours, windows) if len({*ours, *windows}) > 1 else (ours[0], windows[0]))
-    yield from _rope_settings(config, spec.rope)
+    if spec.rope is not None:
+        yield from _rope_settings(config, spec.rope)
 
 
 def _windows(config: Any, spec: ModelSpec, *, by_kind: bool) -> tuple[int | None, ...]:

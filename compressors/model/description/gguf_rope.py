@@ -43,7 +43,9 @@ class GgufRope:
 
 
 def gguf_rope_of(spec: ModelSpec) -> GgufRope:
-    """Returns the keys and tensors that a model's file needs, as :func:`gguf_rope` does."""
+    """Returns the keys and tensors that a model's file needs, as :func:`gguf_rope` does; none if it turns nothing."""
+    if spec.rope is None:
+        return GgufRope()
     gguf = spec.written.family.gguf
     return gguf_rope(
         spec.rope,

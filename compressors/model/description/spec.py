@@ -247,9 +247,9 @@ class ModelSpec:
         return max(layer.expert_width for layer in self.layers)
 
     @property
-    def rope(self) -> Rope:
-        """The rotary embedding, which is the same in all layers that have one."""
-        return next(rope for layer in self.layers if (rope := layer.mixer.rope) is not None)
+    def rope(self) -> Rope | None:
+        """The rotary embedding, which is the same in all layers that have one; None: no layer has one."""
+        return next((rope for layer in self.layers if (rope := layer.mixer.rope) is not None), None)
 
     @property
     def window(self) -> int | None:

@@ -44,7 +44,8 @@ class Skeleton:
             )
         self.is_causal_by_itself: bool = model.config._attn_implementation == "sdpa"  # eager attention needs a mask
         self.layers = [self._fitted(layer, index, model.config) for index, layer in enumerate(model.model.layers)]
-        self.rotary: nn.Module = type(_rotary(model.model))(config=config)  # computes, so it needs a device
+        rotary = _rotary(model.model)  # computes, so it needs a device
+        self.rotary: nn.Module | None = None if rotary is None else type(rotary)(config=config)
         self.final_norm: nn.Module = model.get_submodule(spec.tensor(Role.FINAL_NORM).submodule).eval()
 
     def state(
@@ -78,9 +79,9 @@ class Skeleton:
         return module.eval()
 
 
-def _rotary(model: nn.Module) -> nn.Module:
-    """The rotary embedding of all layers, whatever its name."""
-    return next(child for child in model.children() if type(child).__name__.endswith("RotaryEmbedding"))
+def _rotary(model: nn.Module) -> nn.Module | None:
+    """The rotary embedding of all layers, whatever its name; None: there is none."""
+    return next((child for child in model.children() if type(child).__name__.endswith("RotaryEmbedding")), None)
 
 
 class _Nothing(nn.Module):

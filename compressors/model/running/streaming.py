@@ -111,7 +111,7 @@ class StreamedModel:
             experts = self._skeleton.layers[index].get_submodule(routed.experts_module)
             experts.trained = trained  # type: ignore[assignment]
         self._indices = {layer: index for index, layer in enumerate(self._skeleton.layers)}
-        self._rotary = self._skeleton.rotary.to(self.device)
+        self._rotary = None if self._skeleton.rotary is None else self._skeleton.rotary.to(self.device)
         self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ class StreamedModel:
         With a cache of the keys and values of earlier positions, the states are those of one position, or the first.
         """
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None] + first_position
-        rotary = self._rotary(hidden_BTD, positions)
+        rotary = None if self._rotary is None else self._rotary(hidden_BTD, positions)
         mask = self._mask(layer, hidden_BTD, first_position)
         others = {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache}
         trained = self._stand_ins(layer, hidden_BTD.dtype)

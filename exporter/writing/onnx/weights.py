@@ -73,8 +73,9 @@ class WeightNodes:
 
         ``total_length``, int32, decides as in transformers: by the length of the text so far, the cached part included.
         """
-        tables = self._graph.external(self._layout.rotary_cosine), self._graph.external(self._layout.rotary_sine)
-        spec = self._layout.spec
+        cosine, sine = (self._graph.external(table) for table in self._layout.rotary)
+        tables, spec = (cosine, sine), self._layout.spec
+        assert spec.rope is not None
         shorter, *longer = spec.rope.table_lengths(spec.context_length)
         if not longer:
             return tables

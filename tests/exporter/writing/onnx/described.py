@@ -172,9 +172,11 @@ def random_folder(spec: ModelSpec, folder: Path, preset: str, encodings: Mapping
 def _put_rotary(data: npt.NDArray[np.uint8], layout: TensorLayout) -> None:
     spec = layout.spec
     rows = np.arange(spec.context_length, dtype=np.float32)[:, None]
+    if spec.rope is None:
+        return
     angles = rows * spec.rope.inverse_frequencies(spec.context_length).numpy()
-    put_values(data, layout.rotary_cosine, np.cos(angles))
-    put_values(data, layout.rotary_sine, np.sin(angles))
+    for table, function in zip(layout.rotary, (np.cos, np.sin), strict=True):
+        put_values(data, table, function(angles))
 
 
 def put_values(data: npt.NDArray[np.uint8], tensor: Any, values: npt.NDArray[Any]) -> None:
