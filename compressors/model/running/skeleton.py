@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressors.model.config.reading import transformers_config
+from compressors.model.config.reading import language_model_config, transformers_config
 from compressors.model.description.gate_order import gates_first
 from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.roles import Role
@@ -37,7 +36,8 @@ class Skeleton:
         register_grouped_experts()
         # it recommends packages for recurrent layers in every process, but torch's own arithmetic is meant to be used
         logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
-        config = _edited(transformers_config(settings), spec)
+        self._settings = language_model_config(settings)
+        config = self._config(spec)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, experts_implementation=GROUPED_EXPERTS
@@ -63,13 +63,23 @@ class Skeleton:
             named[f"{layer.routed.experts_module}.down_proj"] = weights.down_EDF.to(device)
         return named
 
+    def _config(self, spec: ModelSpec) -> Any:
+        """transformers' configuration of a model with these sizes."""
+        config = transformers_config(spec.family.edited(spec, self._settings))
+        mixer = spec.layers[0].mixer
+        if getattr(config, "head_dim", None) is None and isinstance(mixer, GroupedQuery):
+            config.head_dim = mixer.head_dim  # some kinds of rotary embedding do not work it out themselves
+        return config
+
     def _fitted(self, module: nn.Module, index: int, config: Any) -> nn.Module:
         """Returns the layer with its own sizes where layers differ; modules that it has lost add nothing."""
         spec, layer = self._spec, self._spec.layers[index]
         if layer.routed is not None and layer.moe != MoeSize(spec.n_experts, spec.expert_width):
-            alike = replace(spec, layers=(layer,) * spec.n_layers)
+            alike = self._config(replace(spec, layers=(layer,) * spec.n_layers))
+            alike._attn_implementation = config._attn_implementation
+            alike._experts_implementation = config._experts_implementation
             with torch.device("meta"):
-                module = type(module)(_edited(copy.deepcopy(config), alike), index)
+                module = type(module)(alike, index)
         if layer.routed is not None:
             module.get_submodule(layer.routed.router_module).register_forward_pre_hook(_in_float32)
             _lay_out(module.get_submodule(layer.routed.experts_module))
@@ -111,15 +121,6 @@ def _lay_out(experts: nn.Module) -> None:
         for name in ("gate_up_proj", "down_proj"):
             matrices = experts.get_parameter(name)
             experts.register_parameter(name, nn.Parameter(matrices.transpose(1, 2), requires_grad=False))
-
-
-def _edited(config: Any, spec: ModelSpec) -> Any:
-    for name, value in spec.family.edited(spec, {}).items():
-        setattr(config, name, value)
-    mixer = spec.layers[0].mixer
-    if getattr(config, "head_dim", None) is None and isinstance(mixer, GroupedQuery):
-        config.head_dim = mixer.head_dim  # some kinds of rotary embedding do not work it out themselves
-    return config
 
 
 def _in_float32(_router: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
