@@ -98,6 +98,7 @@ _WITHOUT_A_DEFAULT: Mapping[str, Mapping[str, object]] = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"num_experts_per_tok": 6, "n_routed_experts": 128, "n_shared_experts": 2},
     "glm4_moe": {"head_dim": 128},
+    "granitemoehybrid": {"hidden_size": 2048, "mamba_n_heads": 64, "layer_types": (["mamba"] * 7 + ["attention"]) * 4},
     "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8, "intermediate_size": 3072},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
 }

@@ -222,6 +222,26 @@ ROWS: Mapping[str, Row] = {
         },
     ),
     "granitemoe": Row(sizes=_GRANITE, on_the_hub=_GRANITE_ON_THE_HUB),
+    "granitemoehybrid": Row(
+        sizes={
+            **_GRANITE,
+            "num_hidden_layers": 4,
+            "shared_intermediate_size": 48,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+            "mamba_n_heads": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 16,
+            "position_embedding_type": "nope",
+        },
+        on_the_hub={
+            **_GRANITE_ON_THE_HUB,
+            "layer_types": ["mamba", "attention", "mamba", "attention"],
+            "mamba_d_head": 16,
+            "normalization_function": "rmsnorm",
+            "time_step_limit": [0.0, float("inf")],
+        },
+        formats=("gguf",),
+    ),
     "granitemoeshared": Row(sizes={**_GRANITE, "shared_intermediate_size": 48}, on_the_hub=_GRANITE_ON_THE_HUB),
     "hunyuan_v1_moe": Row(
         sizes={

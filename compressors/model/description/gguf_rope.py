@@ -29,6 +29,7 @@ PLAIN_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
     "rope_factors_long.weight",
     "rope_factors_short.weight",
 )
+_SWITCH = "rope.scaling.finetuned"
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # constants of llama.cpp's graphs
 _STILL = 1e30  # llama.cpp's converter divides by it where a pair is not turned
 _SAME = 1e-5  # relative; llama.cpp computes its frequencies in float32, by repeated multiplication
@@ -44,15 +45,17 @@ class GgufRope:
 
 def gguf_rope_of(spec: ModelSpec) -> GgufRope:
     """Returns the keys and tensors that a model's file needs, as :func:`gguf_rope` does; none if it turns nothing."""
-    if spec.rope is None:
-        return GgufRope()
     gguf = spec.written.family.gguf
-    return gguf_rope(
+    switch = {_SWITCH: spec.rope is not None} if gguf.switches_rope else {}
+    if spec.rope is None:
+        return GgufRope(switch)
+    found = gguf_rope(
         spec.rope,
         gguf.architecture,
         takes_factors=gguf.takes_rope_factors,
         scales_attention=gguf.scales_attention,
     )
+    return replace(found, keys={**switch, **found.keys})
 
 
 def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool, scales_attention: bool = False) -> GgufRope:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2
 
-__all__ = ["Attention", "CacheHeads", "cache_heads", "state_shapes"]
+__all__ = ["Attention", "CacheHeads", "WithStates", "cache_heads", "state_shapes"]
 
 Attention = GroupedQuery | Latent
 """The mixers with such caches."""
+
+WithStates = GatedDelta | Mamba2
+"""The mixers with states."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,12 @@ def cache_heads(mixer: Attention) -> CacheHeads:
     return CacheHeads(mixer.n_kv_heads, mixer.head_dim)
 
 
-def state_shapes(mixer: GatedDelta) -> tuple[tuple[int, int], tuple[int, int, int]]:
+def state_shapes(mixer: WithStates) -> tuple[tuple[int, int], tuple[int, int, int]]:
     """The sizes of both states of a text: the convolution's last inputs by channel, and a matrix for each value head.
 
     They are those that onnxruntime-genai expects.
     """
-    return (mixer.channels, mixer.kernel - 1), (mixer.n_value_heads, mixer.key_dim, mixer.value_dim)
+    n_heads, value_dim = (
+        (mixer.n_heads, mixer.head_dim) if isinstance(mixer, Mamba2) else (mixer.n_value_heads, mixer.value_dim)
+    )
+    return (mixer.channels, mixer.kernel - 1), (n_heads, mixer.key_dim, value_dim)

@@ -36,15 +36,18 @@ class Role(StrEnum):
     SINKS = "attention sinks"  # [H]: one more logit of each head, which takes a share of the attention and adds nothing
     QUERY_NORM = "query norm"  # see QkNorm
     KEY_NORM = "key norm"
-    MIXER_INPUT = "mixer's input"  # of a gated delta rule [X, D], with its gates [M, D]; of a short convolution [3X, D]
+    MIXER_INPUT = "mixer's input"  # of a gated delta rule [X, D], with its gates [M, D]; of Mamba-2 [M, D]
+    # of a short convolution [3X, D]
     MIXER_GATE = "mixer's gate"  # [Y, D]
     MIXER_BETA_ALPHA = "mixer's strength and decay"  # both of the following in one, by key head: [B, D]
     MIXER_BETA = "mixer's strength"  # [N, D]
     MIXER_ALPHA = "mixer's decay"  # [N, D]
     CONVOLUTION = "convolution"  # [X, 1, W]
+    CONVOLUTION_BIAS = "bias of the convolution"  # [X]
     DECAY_LOGARITHM = "logarithm of the decay"  # [N]
     DECAY_BIAS = "bias of the decay"  # [N]
-    MIXER_NORM = "mixer's norm"  # [v]
+    MIXER_SKIP = "mixer's skip"  # [N]: factors of the values that go past the states
+    MIXER_NORM = "mixer's norm"  # [v], of Mamba-2 [Y]
     MIXER_OUTPUT = "mixer's output"  # [D, Y], of a short convolution [D, X]
     MOE_NORM = "MoE norm"  # [D], in front of any feed-forward
     MOE_OUTPUT_NORM = "MoE output norm"  # [D], of what any feed-forward adds to the hidden state

@@ -19,6 +19,8 @@ In the shapes of tensors letters stand for these sizes; each mixer's ``sizes`` h
     K, Y  values of all keys, of all values                      X  channels of the convolution    W  its kernel
     M  X and the gates      B  a strength and a decay for each value head
     r  values of a key head's value heads
+    in Mamba-2 the same, but:
+    N  heads                G  groups of heads with keys in common     g  values of a group     M  X, gates and steps
     in a short convolution:
     X  channels             W  its kernel
 """

@@ -24,6 +24,7 @@ __all__ = [
     "InterleaveRotary",
     "NegativeExponential",
     "PlusOne",
+    "Reshaped",
     "Squeezed",
     "TiledHeads",
     "Transform",
@@ -277,6 +278,21 @@ class Squeezed(Transform):
     def shape(self, shape: Shape, sizes: Sizes) -> Shape:
         """The shape without these axes."""
         return tuple(size for size in shape if size != 1)
+
+
+@dataclass(frozen=True)
+class Reshaped(Transform):
+    """Gives a vector another shape, such as a row for each group of values.
+
+    Attributes:
+        axes: the letters of its sizes, or numbers.
+    """
+
+    axes: tuple[str, ...]
+
+    def shape(self, shape: Shape, sizes: Sizes) -> Shape:
+        """The other shape."""
+        return tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in self.axes)
 
 
 @dataclass(frozen=True)
