@@ -240,7 +240,6 @@ ROWS: Mapping[str, Row] = {
             "normalization_function": "rmsnorm",
             "time_step_limit": [0.0, float("inf")],
         },
-        formats=("gguf",),
     ),
     "granitemoeshared": Row(sizes={**_GRANITE, "shared_intermediate_size": 48}, on_the_hub=_GRANITE_ON_THE_HUB),
     "hunyuan_v1_moe": Row(

@@ -18,7 +18,7 @@ import onnx
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Score
@@ -100,7 +100,7 @@ def _input_symptoms(node: onnx.NodeProto, layer: LayerSpec) -> Iterator[str]:
 
 def _unknown_mixers(spec: ModelSpec) -> Iterator[str]:
     for index, layer in enumerate(spec.layers):
-        if not isinstance(layer.mixer, (GroupedQuery, Latent, GatedDelta)):
+        if not isinstance(layer.mixer, (GroupedQuery, Latent, GatedDelta, Mamba2)):
             yield f"layer {index}: {type(layer.mixer).__name__} is no mixer whose attributes can be checked in a graph"
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mixer
-from compressors.model.description.onnx_cache import Attention, cache_heads
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, Mixer
+from compressors.model.description.onnx_cache import Attention, WithStates, cache_heads
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_names import (
     EMBEDDING_FACTOR,
@@ -67,6 +67,8 @@ _FILLED = {"not_chosen": -1e4, "shut": -math.inf, "open": 0.0}
 
 _DELTA = "delta"
 """Follows the layer in the names of a gated delta rule's values."""
+_MAMBA = "mamba"
+"""The same of Mamba-2."""
 
 _SHARED = ("shared", "shared.ungated")
 """The names of a shared expert's values, behind the layer's."""
@@ -110,7 +112,7 @@ def own_attributes(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
         allowed["allowzero"] = (0, None)
     if output == "mask.shape":
         allowed |= {"start": (0, None), "end": (None,)}
-    return allowed | _of_our_routing(node) | _of_latent_attention(node, spec) | _of_gated_delta(node, spec)
+    return allowed | _of_our_routing(node) | _of_latent_attention(node, spec) | _of_states(node, spec)
 
 
 def _of_latent_attention(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
@@ -134,21 +136,22 @@ def _mixer(output: str, spec: ModelSpec) -> Mixer | None:
     return spec.layers[int(index)].mixer if index.isdigit() and int(index) < spec.n_layers else None
 
 
-def _of_gated_delta(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
+def _of_states(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
     output, mixer = node.output[0], _mixer(node.output[0], spec)
-    if not isinstance(mixer, GatedDelta):
+    if not isinstance(mixer, WithStates):
         return {}
-    if node.op_type == "Concat" and output.endswith(f".{_DELTA}.inputs.seen"):
+    if node.op_type == "Concat" and output.endswith(".inputs.seen"):
         return {"axis": (1,)}
-    if node.op_type == "RMSNormalization" and output.endswith(".of_length_1"):
-        return {"axis": (-1,), "epsilon": (mixer.key_epsilon / mixer.key_dim,)}
+    n_queries, scale = (mixer.n_groups, 1.0) if isinstance(mixer, Mamba2) else (mixer.n_key_heads, mixer.scale)
     of_operators: Mapping[str, AllowedValues] = {
         "Transpose": {"perm": ([0, 2, 1],)},
         "GatherND": {"batch_dims": (1,)},
         "Gather": {"axis": (2,)},
         "CausalConvWithState": {"channels_last": (1,)},
-        "LinearAttention": {"q_num_heads": (mixer.n_key_heads,), "scale": (mixer.scale,)},
+        "LinearAttention": {"q_num_heads": (n_queries,), "scale": (scale,)},
     }
+    if node.op_type == "RMSNormalization" and isinstance(mixer, GatedDelta) and output.endswith(".of_length_1"):
+        return {"axis": (-1,), "epsilon": (mixer.key_epsilon / mixer.key_dim,)}
     return of_operators.get(node.op_type, {})
 
 
@@ -208,6 +211,8 @@ def _constants_of(layer: LayerSpec) -> Mapping[str, Any]:
 def _constants_of_mixer(mixer: Mixer) -> dict[str, Any]:
     if isinstance(mixer, GatedDelta):
         return _constants_of_gated_delta(mixer)
+    if isinstance(mixer, Mamba2):
+        return _constants_of_mamba2(mixer)
     return _constants_of_attention(mixer) if isinstance(mixer, Attention) else {}
 
 
@@ -247,6 +252,21 @@ def _constants_of_gated_delta(mixer: GatedDelta) -> dict[str, Any]:
         f"split.{_DELTA}.convolved.parts": [keys, keys, mixer.width],
         f"split.{_DELTA}.projected.grouped.parts": [width, width, values_each, values_each],
         f"split.{_DELTA}.strength_and_decay.grouped.parts": [heads_each, heads_each],
+    }
+
+
+def _constants_of_mamba2(mixer: Mamba2) -> dict[str, Any]:
+    of_keys, heads_each = mixer.n_groups * mixer.key_dim, mixer.n_heads // mixer.n_groups
+    return {
+        "axis.last": [-1],
+        "shape.by_group": [0, 0, mixer.n_groups, -1],
+        "shape.by_head": [0, 0, mixer.n_heads, -1],
+        "shape.side_by_side": [0, 0, -1],
+        f"convolution.last_{mixer.kernel - 1}": [[number] for number in range(mixer.kernel - 1)],
+        f"{_MAMBA}.group_of_head": [group for group in range(mixer.n_groups) for _ in range(heads_each)],
+        f"{_MAMBA}.unit_scales": [1.0] * (mixer.width // mixer.n_groups),
+        f"split.{_MAMBA}.projected.parts": [mixer.width, mixer.channels, mixer.n_heads],
+        f"split.{_MAMBA}.convolved.parts": [mixer.width, of_keys, of_keys],
     }
 
 

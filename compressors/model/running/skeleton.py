@@ -75,7 +75,7 @@ class Skeleton:
         """Returns the layer with its own sizes where layers differ; modules that it has lost add nothing."""
         spec, layer = self._spec, self._spec.layers[index]
         if layer.routed is not None and layer.moe != MoeSize(spec.n_experts, spec.expert_width):
-            alike = self._config(replace(spec, layers=(layer,) * spec.n_layers))
+            alike = self._config(replace(spec, layers=tuple(_with_experts_of(layer, each) for each in spec.layers)))
             alike._attn_implementation = config._attn_implementation
             alike._experts_implementation = config._experts_implementation
             with torch.device("meta"):
@@ -87,6 +87,11 @@ class Skeleton:
         for lost in layer.lost_modules:
             module.set_submodule(lost.name, _Nothing(lost.n_outputs))
         return module.eval()
+
+
+def _with_experts_of(layer: LayerSpec, other: LayerSpec) -> LayerSpec:
+    """Returns the other layer with this one's experts, if it has some."""
+    return other if other.routed is None else replace(other, feed_forward=layer.feed_forward)
 
 
 def _rotary(model: nn.Module) -> nn.Module | None:
