@@ -78,7 +78,7 @@ def _family_section(module: ModuleType) -> Iterator[str]:
     yield _row("layers", "; ".join(dict.fromkeys(map(_kinds, spec.layers))))
     yield _row("routing", "; ".join(_routing_rules(spec)))
     yield _row("in llama.cpp", f"`{family.gguf.architecture}`")
-    yield _row("rotary embeddings as GGUF", ", ".join(f"`{kind}`" for kind in _ropes_in_gguf(spec)))
+    yield _row("rotary embeddings as GGUF", ", ".join(f"`{kind}`" for kind in _ropes_in_gguf(spec)) or "none")
     dense = family.dense
     yield _row(
         "a dense student",
@@ -113,6 +113,7 @@ _WITHOUT_A_DEFAULT: Mapping[str, Mapping[str, object]] = {
         "final_logit_softcapping": 30.0,
     },
     "glm4_moe": {"head_dim": 128},
+    "granitemoehybrid": {"hidden_size": 2048, "mamba_n_heads": 64, "layer_types": (["mamba"] * 7 + ["attention"]) * 4},
     "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8, "intermediate_size": 3072},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
 }
@@ -209,6 +210,8 @@ def _with_narrow_heads(spec: ModelSpec) -> ModelSpec:
 
 
 def _ropes_in_gguf(spec: ModelSpec) -> Iterator[str]:
+    if spec.rope is None:
+        return
     for kind in RopeKind:
         rope = _scaled(spec.rope, kind)
         layers = tuple(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from compressors.model.description.glu import Activation
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, ShortConvolution
-from compressors.model.description.onnx_cache import Attention
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, ShortConvolution
+from compressors.model.description.onnx_cache import Attention, WithStates
 from compressors.model.description.spec import ModelSpec
 from exporter.capabilities.rules import Container, Feature, Rule
 
 __all__ = ["RULES"]
 
 _HEAD_MULTIPLE = 16
-_MIXERS = (GroupedQuery.kind, Latent.kind, GatedDelta.kind, ShortConvolution.kind)
+_MIXERS = (GroupedQuery.kind, Latent.kind, GatedDelta.kind, Mamba2.kind, ShortConvolution.kind)
 
 
 def _mixers(spec: ModelSpec) -> str | None:
@@ -23,7 +23,7 @@ def _mixers(spec: ModelSpec) -> str | None:
         return _refused(f"our ONNX graphs have {_listed(_MIXERS)}; this model also has {_listed(others)}")
     if not any(isinstance(mixer, Attention) for mixer in mixers):
         return _refused("our ONNX graphs need a layer that attends, and this model has none")
-    is_short = any(isinstance(mixer, (GatedDelta, ShortConvolution)) and mixer.kernel == 1 for mixer in mixers)
+    is_short = any(isinstance(mixer, WithStates) and mixer.kernel == 1 for mixer in mixers)
     kept = "our ONNX graphs keep the last inputs of a convolution"
     return _refused(f"{kept}, and the convolution of this model covers one token", is_short)
 

@@ -73,6 +73,22 @@ _DELTA: Mapping[str, Any] = {
     "linear_value_head_dim": 16,
 }
 
+_GRANITE: Mapping[str, Any] = {
+    "num_local_experts": 8,
+    "intermediate_size": 32,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.125,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 6.0,
+    "tie_word_embeddings": True,
+}
+_GRANITE_ON_THE_HUB: Mapping[str, Any] = {
+    "rope_theta": 10000,
+    "rope_parameters": None,
+    "rope_scaling": None,
+    "num_experts": None,
+}
+
 ROWS: Mapping[str, Row] = {
     "afmoe": Row(
         sizes={
@@ -226,18 +242,27 @@ ROWS: Mapping[str, Row] = {
             "initial_context_length": 4096,
         },
     ),
-    "granitemoe": Row(
+    "granitemoe": Row(sizes=_GRANITE, on_the_hub=_GRANITE_ON_THE_HUB),
+    "granitemoehybrid": Row(
         sizes={
-            "num_local_experts": 8,
-            "intermediate_size": 32,
-            "embedding_multiplier": 12.0,
-            "attention_multiplier": 0.125,
-            "residual_multiplier": 0.22,
-            "logits_scaling": 6.0,
-            "tie_word_embeddings": True,
+            **_GRANITE,
+            "num_hidden_layers": 4,
+            "shared_intermediate_size": 48,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+            "mamba_n_heads": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 16,
+            "position_embedding_type": "nope",
         },
-        on_the_hub={"rope_theta": 10000, "rope_parameters": None, "rope_scaling": None, "num_experts": None},
+        on_the_hub={
+            **_GRANITE_ON_THE_HUB,
+            "layer_types": ["mamba", "attention", "mamba", "attention"],
+            "mamba_d_head": 16,
+            "normalization_function": "rmsnorm",
+            "time_step_limit": [0.0, float("inf")],
+        },
     ),
+    "granitemoeshared": Row(sizes={**_GRANITE, "shared_intermediate_size": 48}, on_the_hub=_GRANITE_ON_THE_HUB),
     "hunyuan_v1_moe": Row(
         sizes={
             "hidden_size": 256,

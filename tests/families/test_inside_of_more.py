@@ -78,7 +78,8 @@ def test_a_release_in_float8_with_a_tensor_missing_is_not_called_unquantized(
 ) -> None:
     inside = write_float8(whole, tmp_path / "inside")
     tensors = load_file(inside / "model.safetensors")
-    del tensors["model.language_model.layers.1.mlp.experts.down_proj_scale_inv"]
+    (missing,) = (name for name in tensors if re.search(r"\.1\..*experts\.down_proj_scale_inv", name))
+    del tensors[missing]
     save_file(tensors, inside / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"experts\.down_proj is float8, but its scales, .*, are in none"):
         Checkpoint(inside)

@@ -18,8 +18,8 @@ import onnx
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, ShortConvolution
-from compressors.model.description.onnx_cache import Attention, cache_heads
+from compressors.model.description.mixers import GroupedQuery, Latent
+from compressors.model.description.onnx_cache import Attention, WithStates, cache_heads
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
@@ -100,7 +100,7 @@ def _input_symptoms(node: onnx.NodeProto, layer: LayerSpec) -> Iterator[str]:
 
 def _unknown_mixers(spec: ModelSpec) -> Iterator[str]:
     for index, layer in enumerate(spec.layers):
-        if not isinstance(layer.mixer, (GroupedQuery, Latent, GatedDelta, ShortConvolution)):
+        if not isinstance(layer.mixer, Attention | WithStates):
             yield f"layer {index}: {type(layer.mixer).__name__} is no mixer whose attributes can be checked in a graph"
 
 
@@ -179,10 +179,10 @@ def _rotary_embedding(spec: ModelSpec) -> AllowedValues:
     mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention)]
     counts = {number for mixer in mixers for number in (mixer.n_heads, cache_heads(mixer).number)}
     return {
-        "interleaved": (1,) if spec.rope.interleaved else (0, None),
+        "interleaved": (1,) if spec.rope is not None and spec.rope.interleaved else (0, None),
         "scale": (1.0, None),
         "num_heads": (*sorted(counts), 0, None),
-        "rotary_embedding_dim": (spec.rope.width, 0, None),
+        "rotary_embedding_dim": (0 if spec.rope is None else spec.rope.width, 0, None),
         "is_packed_batching": (0, None),
     }
 
@@ -324,6 +324,9 @@ def rotary_symptoms(
     A table for short texts may stand before that for long ones.
     """
     rope, first = spec.rope, 0
+    if rope is None:
+        yield f"table {name}: the model turns nothing"
+        return
     short = rope.switches_after if rope.switches_after is not None and n_rows > rope.switches_after else 0
     of_short, of_long = (rope.inverse_frequencies(n_tokens).double().numpy() for n_tokens in (short, n_rows - short))
     for piece in pieces:

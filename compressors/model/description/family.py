@@ -35,6 +35,7 @@ class GgufFamily:
         refusal: says which part of a model llama.cpp's graph, with its fixed assumptions, cannot compute; None: none.
         takes_rope_factors: its graph divides the rotary angles by a tensor of the file.
         scales_attention: its graph multiplies the products of queries and keys for a longer context.
+        switches_rope: a key tells its graph whether queries and keys are turned.
     """
 
     architecture: str
@@ -42,6 +43,7 @@ class GgufFamily:
     refusal: Callable[[ModelSpec], str | None] = lambda _spec: None
     takes_rope_factors: bool = False
     scales_attention: bool = False
+    switches_rope: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ In the shapes of tensors letters stand for these sizes; each mixer's ``sizes`` h
     K, Y  values of all keys, of all values                      X  channels of the convolution    W  its kernel
     M  X and the gates      B  a strength and a decay for each value head
     r  values of a key head's value heads
+    in Mamba-2 the same, but:
+    N  heads                G  groups of heads with keys in common     g  values of a group     M  X, gates and steps
     in a short convolution:
     X  channels             W  its kernel
 """
@@ -241,9 +243,9 @@ class ModelSpec:
         return tuple(dict.fromkeys(rope for layer in unlimited_first if (rope := layer.mixer.rope) is not None))
 
     @property
-    def rope(self) -> Rope:
-        """The first of :attr:`ropes`; most models have no other."""
-        return self.ropes[0]
+    def rope(self) -> Rope | None:
+        """The first of :attr:`ropes`; most models have no other. None: no layer turns anything."""
+        return next(iter(self.ropes), None)
 
     @property
     def window(self) -> int | None:

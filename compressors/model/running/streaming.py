@@ -111,7 +111,8 @@ class StreamedModel:
             experts = self._skeleton.layers[index].get_submodule(routed.experts_module)
             experts.trained = trained  # type: ignore[assignment]
         self._indices = {layer: index for index, layer in enumerate(self._skeleton.layers)}
-        self._skeleton.rotary.to(self.device)
+        if self._skeleton.rotary is not None:
+            self._skeleton.rotary.to(self.device)
         self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from compressors.model.description.roles import Role
+from compressors.model.description.rope import Rope
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.onnx_names import ROTARY_COSINE, ROTARY_SINE
 from compressors.model.sources.onnx import CODES, DATA_FILE, MODEL_FILE, SCALES
@@ -75,8 +76,7 @@ class TensorLayout:
 
     spec: ModelSpec
     weights: tuple[WeightPlan, ...]
-    rotary_cosine: TensorPlan  # [rows, width / 2], see Rope.table_lengths
-    rotary_sine: TensorPlan
+    rotary: tuple[TensorPlan, ...]  # cosine and sine, [rows, width / 2] (Rope.table_lengths); none if nothing is turned
     data_bytes: int
 
     def weight(self, role: Role, layer: int | None = None) -> WeightPlan:
@@ -111,8 +111,7 @@ class TensorLayout:
         """Everything in the data file, by rising offset."""
         for weight in self.weights:
             yield from weight.tensors
-        yield self.rotary_cosine
-        yield self.rotary_sine
+        yield from self.rotary
 
 
 def plan_tensors(spec: ModelSpec, preset: str, encodings: Mapping[str, str] | None = None) -> TensorLayout:
@@ -141,10 +140,12 @@ class _Planner:
     def plan(self) -> TensorLayout:
         spec = self._spec
         weights = tuple(self._encoded(weight) for weight in weights_of(spec))
-        cache_shape = (sum(spec.rope.table_lengths(spec.context_length)), spec.rope.width // 2)
-        cosine = self._place(ROTARY_COSINE, cache_shape, np.dtype(np.float32))
-        sine = self._place(ROTARY_SINE, cache_shape, np.dtype(np.float32))
-        return TensorLayout(spec, weights, cosine, sine, self._end)
+        rotary = () if spec.rope is None else self._rotary(spec.rope)
+        return TensorLayout(spec, weights, rotary, self._end)
+
+    def _rotary(self, rope: Rope) -> tuple[TensorPlan, ...]:
+        shape = (sum(rope.table_lengths(self._spec.context_length)), rope.width // 2)
+        return tuple(self._place(name, shape, np.dtype(np.float32)) for name in (ROTARY_COSINE, ROTARY_SINE))
 
     def _encoded(self, weight: OnnxWeight) -> WeightPlan:
         name, roles, layer, shape = weight.name, weight.roles, weight.layer, weight.shape

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from compressors.calibration.statistics import Importance
+from compressors.model.description.rope import Rope
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
@@ -81,7 +82,7 @@ def write_onnx(
     model = build_model(layout)
     graph = model.SerializeToString(deterministic=True)
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = [*weight_pieces(student, layout, importance or {}, feedback), _rotary_piece(layout)]
+    pieces = [*weight_pieces(student, layout, importance or {}, feedback), *_rotary_pieces(layout)]
     with replacing(folder / MODEL_FILE) as graph_stream:
         graph_stream.write(graph)
         if resume and is_published(folder / DATA_FILE, pieces):
@@ -91,26 +92,29 @@ def write_onnx(
             (folder / MODEL_FILE).unlink(missing_ok=True)  # an old graph must not be found beside the new weights
 
 
-def _rotary_piece(layout: TensorLayout) -> Piece:
-    """The rotary caches, which lie behind all weights."""
-    caches = [Place(tensor.offset, tensor.n_bytes) for tensor in (layout.rotary_cosine, layout.rotary_sine)]
+def _rotary_pieces(layout: TensorLayout) -> list[Piece]:
+    """The rotary caches, which lie behind all weights; none if nothing is turned."""
+    rope, context_length = layout.spec.rope, layout.spec.context_length
+    if rope is None:
+        return []
+    caches = [Place(tensor.offset, tensor.n_bytes) for tensor in layout.rotary]
     n_bytes = sum(place.n_bytes for place in caches)
-    return Piece(n_bytes, caches[-1].end, lambda: partial(_rotary_parts, layout.spec, caches))
+    return [Piece(n_bytes, caches[-1].end, lambda: partial(_rotary_parts, rope, context_length, caches))]
 
 
-def _rotary_parts(spec: ModelSpec, places: Sequence[Place]) -> list[Part]:
-    caches = _rotary_caches(spec)
+def _rotary_parts(rope: Rope, context_length: int, places: Sequence[Place]) -> list[Part]:
+    caches = _rotary_caches(rope, context_length)
     return [place.part(cache.numpy()) for place, cache in zip(places, caches, strict=True)]
 
 
-def _rotary_caches(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotary_caches(rope: Rope, context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes cosine and sine of every position's angles, float32 [rows, width / 2], as transformers does.
 
     Each table is that of a text as long as its rows.
     """
     tables = [
-        torch.outer(torch.arange(n_tokens, dtype=torch.float32), spec.rope.inverse_frequencies(n_tokens))
-        for n_tokens in spec.rope.table_lengths(spec.context_length)
+        torch.outer(torch.arange(n_tokens, dtype=torch.float32), rope.inverse_frequencies(n_tokens))
+        for n_tokens in rope.table_lengths(context_length)
     ]
     angles = torch.cat(tables)
-    return angles.cos() * spec.rope.attention_factor, angles.sin() * spec.rope.attention_factor
+    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor

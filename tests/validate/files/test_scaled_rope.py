@@ -72,7 +72,7 @@ def test_damaged_factors_and_tables_are_named(student: Student, tmp_path: Path) 
         damaged = GgufFile(tmp_path / "model.gguf")
         assert any(name in symptom for symptom in rope_factor_symptoms(damaged, student.spec))
     write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)
-    table = plan_tensors(student.spec, "Q4_0").rotary_sine
+    _, table = plan_tensors(student.spec, "Q4_0").rotary
     last = table.offset + table.n_bytes - 4
     with (tmp_path / "onnx" / DATA_FILE).open("r+b") as stream:
         stream.seek(last)
