@@ -59,7 +59,8 @@ class Skeleton:
             tensor = gates_first(tensor) if described.alternates else tensor
             named[described.in_layer] = tensor.to(device, torch.float32 if described.runs_in_float32 else dtype)
         if layer.routed is not None:
-            named[f"{layer.routed.experts_module}.gate_up_proj"] = weights.gate_up_EFD.to(device)
+            name = "gate_up_proj" if layer.routed.glu.is_gated else "up_proj"
+            named[f"{layer.routed.experts_module}.{name}"] = weights.gate_up_EFD.to(device)
             named[f"{layer.routed.experts_module}.down_proj"] = weights.down_EDF.to(device)
         return named
 
