@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from compressors.model.description.glu import Activation
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, NoMixer
 from compressors.model.description.onnx_cache import Attention, WithStates
 from compressors.model.description.spec import ModelSpec
 from exporter.capabilities.rules import Container, Feature, Rule
@@ -17,7 +17,7 @@ _MIXERS = (GroupedQuery.kind, Latent.kind, GatedDelta.kind, Mamba2.kind)
 
 
 def _mixers(spec: ModelSpec) -> str | None:
-    mixers = [layer.mixer for layer in spec.layers]
+    mixers = [layer.mixer for layer in spec.layers if not isinstance(layer.mixer, NoMixer)]
     others = dict.fromkeys(mixer.kind for mixer in mixers if mixer.kind not in _MIXERS)
     if others:
         return _refused(f"our ONNX graphs have {_listed(_MIXERS)}; this model also has {_listed(others)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, NoMixer
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
@@ -112,6 +112,8 @@ def _mixer_values(layer: LayerSpec, tokens: int, context: int) -> int:
     if isinstance(mixer, Latent):
         of_head = 2 * mixer.key_dim + _LIVE_VECTORS * mixer.cached_values + 2 * mixer.value_dim
         return tokens * mixer.n_heads * of_head + _LIVE_CACHES * context * mixer.cached_values
+    if isinstance(mixer, NoMixer):
+        return 0
     if isinstance(mixer, Mamba2):
         repeated_keys = mixer.n_heads * mixer.key_dim
         return tokens * (_LIVE_CHANNELS * mixer.channels + mixer.sizes["M"] + 3 * mixer.width + repeated_keys)
