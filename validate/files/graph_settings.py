@@ -24,7 +24,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_graph import external_place
-from compressors.model.files.onnx_names import IN_FLOAT32, ROTARY_COSINE, ROTARY_SINE
+from compressors.model.files.onnx_names import IN_FLOAT32, RELU_ALPHA, ROTARY_COSINE, ROTARY_SINE
 from compressors.model.sources.onnx_weights import row_lengths
 from validate.files.graph_places import ATTENTION, EXPERTS, Places
 from validate.files.own_graph_settings import PRODUCER, AllowedValues, own_attributes, own_constant_symptoms
@@ -228,10 +228,11 @@ def _normalization(node: onnx.NodeProto, routed: Routed) -> tuple[Any, ...]:
 
 def _glu(glu: Glu) -> AllowedValues:
     """The right values for the function; an activation that the operators lack matches no attribute's value."""
-    is_swiglu = glu.is_gated and glu.activation is Activation.SILU
+    is_relu_squared = not glu.is_gated and glu.activation is Activation.RELU_SQUARED
+    is_swiglu = is_relu_squared or (glu.is_gated and glu.activation is Activation.SILU)
     return {
         "activation_type": (b"swiglu", b"silu") if is_swiglu else (glu.activation.encode(),),
-        "activation_alpha": (glu.alpha,),
+        "activation_alpha": (RELU_ALPHA if is_relu_squared else glu.alpha,),
         "activation_beta": (glu.offset, *(() if glu.offset else (None,))),
         "swiglu_limit": (math.inf, None) if glu.limit is None else (glu.limit,),
     }

@@ -55,7 +55,7 @@ class _TensorHead(ctypes.Structure):
 
 # names that build_moe_ffn (src/llama-graph.cpp) and the models' graphs (src/models) give to a layer's nodes
 _LOGITS, _BIASED, _EXPERTS = "ffn_moe_logits", "ffn_moe_logits_biased", "ffn_moe_topk"
-_INPUTS = ("attn_post_norm", "post_attn_norm", "ffn_norm", "model.layers.{}.ffn_out")
+_INPUTS = ("attn_norm", "attn_post_norm", "post_attn_norm", "ffn_norm", "model.layers.{}.ffn_out")
 """The names of a router's input; in a layer with several of these nodes it is the last one."""
 _SCORES = (_LOGITS, _BIASED, "ffn_moe_probs_biased", "ffn_moe_probs_masked")
 """Nodes with the scores of the choice; the last one that a layer has decides."""

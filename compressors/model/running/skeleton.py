@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,13 +13,16 @@ from torch import nn
 
 from compressors.model.config.reading import language_model_config, transformers_config
 from compressors.model.description.gate_order import gates_first
-from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.mixers import GroupedQuery, Mamba2
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec, MoeSize
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.running.layers import LayerWeights
 
 __all__ = ["Skeleton"]
+
+_NO_LIMIT = (0.0, math.inf)
+"""The limits of the steps of Mamba-2's heads; a class of transformers has another lower one of its own."""
 
 
 class Skeleton:
@@ -81,6 +85,9 @@ class Skeleton:
             alike._experts_implementation = config._experts_implementation
             with torch.device("meta"):
                 module = type(module)(alike, index)
+        if isinstance(layer.mixer, Mamba2):
+            rule = layer.tensor(Role.MIXER_INPUT).submodule.rpartition(".")[0]
+            module.get_submodule(rule).time_step_limit = _NO_LIMIT  # type: ignore[assignment]
         if layer.routed is not None:
             module.get_submodule(layer.routed.router_module).register_forward_pre_hook(_in_float32)
             _lay_out(module.get_submodule(layer.routed.experts_module))
@@ -101,11 +108,15 @@ def _rotary(model: nn.Module) -> nn.Module | None:
 
 
 class _Nothing(nn.Module):
-    """Replaces a dropped part of a layer."""
+    """Replaces a dropped part of a layer.
+
+    A layer may ask a norm for the dtype of its weight, to compute in it: the narrowest widens nothing.
+    """
 
     def __init__(self, n_outputs: int) -> None:
         super().__init__()
         self._n_outputs = n_outputs
+        self.weight = torch.empty(0, dtype=torch.bfloat16)
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         nothing = torch.zeros_like(hidden_BTD)

@@ -132,16 +132,17 @@ class _Values:
 
     def encoded(self, feedback: Feedback | None) -> list[Part]:
         """The encoded rows, each part with its offset in the file."""
-        encoding, places = self.rows.weight.encoding, self.rows.places
+        weight, places = self.rows.weight, self.rows.places
+        encoding = weight.encoding
         if encoding.blocks is None:
             float32 = [
                 quantize_rows(matrix.values_RN, GGMLQuantizationType.F32, name=matrix.name)
                 for matrix in self.matrices.values()
             ]
-            return [places[0].part(_alternating(float32))]
+            return [places[0].part(_alternating(float32 * weight.n_copies))]
         quantized = [_blocks(matrix, encoding, feedback) for matrix in self.matrices.values()]
-        codes = _alternating([pack(blocks.codes_RN, blocks.bits) for blocks in quantized])
-        scales = _alternating([blocks.scales_RK.astype(np.float16) for blocks in quantized])
+        codes = _alternating([pack(blocks.codes_RN, blocks.bits) for blocks in quantized] * weight.n_copies)
+        scales = _alternating([blocks.scales_RK.astype(np.float16) for blocks in quantized] * weight.n_copies)
         return [places[0].part(codes), places[1].part(scales)]
 
 
