@@ -125,6 +125,8 @@ def _read(file: Settings) -> ModelSpec:
     layers = {kind: _layer(settings, kind) for kind in dict.fromkeys(kinds)}
     if _DENSE not in layers:
         settings.ignore("intermediate_size")
+    if _RECURRENT not in layers:
+        settings.ignore("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel")
     spec = parts.model(settings, [layers[kind] for kind in kinds], epsilon="layer_norm_epsilon")
     return replace(spec, tensors=tuple(map(_renamed, spec.tensors)))
 
