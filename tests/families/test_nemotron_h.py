@@ -29,6 +29,8 @@ from compressors.shrink.layerwise import _block
 from compressors.shrink.merge import REAM, HCSMoE, MSMoE
 from compressors.shrink.moe_block import Evidence, Method, MoeBlock
 from compressors.shrink.slim import SlimWidth
+from exporter.capabilities.rules import Container
+from exporter.planning.teacher_floor import _fewest_layers
 from exporter.writing.onnx.encodings import onnx_units
 from exporter.writing.onnx.writer import write_onnx
 from tests.families.conftest import logits_of
@@ -158,6 +160,11 @@ def test_both_copies_of_a_row_have_the_values_that_replace_them(folder: Path, tm
         rows = scales.view(np.float16).reshape(-1, 2, 4)
         assert np.array_equal(rows[:, 0], rows[:, 1])
         assert np.array_equal(rows, 2 * stored.view(np.float16).reshape(rows.shape))
+
+
+@pytest.mark.parametrize("container", [Container.GGUF, Container.ONNX])
+def test_the_first_blocks_that_a_container_holds_have_experts_and_attend(folder: Path, container: Container) -> None:
+    assert _fewest_layers(Checkpoint(folder).spec, container) == 3
 
 
 @torch.no_grad()
