@@ -21,7 +21,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import Fused, GgufTensor, TensorSpec
-from compressors.model.description.transforms import SAME, InterleaveRotary, Transform
+from compressors.model.description.transforms import InterleaveRotary
 from compressors.model.errors import InputError
 from compressors.model.families.shared import expert_layers, mamba2, parts, written_config
 from compressors.model.names import shown
@@ -62,48 +62,69 @@ _MIXER = f"{_BLOCK}mixer."
 _GLU = Glu(Activation.RELU_SQUARED, is_gated=False)
 
 
-def _matrix(role: Role, name: str, shape: tuple[str, str], gguf: str, order: Transform = SAME) -> TensorSpec:
-    return TensorSpec(role, f"{_MIXER}{name}.weight", shape, GgufTensor(f"{_GGUF}{gguf}.weight", order))
-
-
 def _norm(role: Role) -> TensorSpec:
     """The norm in front of a block, which has one name whatever follows."""
     return parts.norm(role, f"{_BLOCK}norm.weight", ("D",), f"{_GGUF}attn_norm.weight")
 
 
-def _expert_matrix(role: Role, name: str, shape: tuple[str, str]) -> TensorSpec:
-    place = GgufTensor(f"{_GGUF}ffn_{name}_exps.weight")
-    fused = Fused(f"{_MIXER}experts.{name}_proj")
-    return TensorSpec(role, f"{_MIXER}experts.{{expert}}.{name}_proj.weight", shape, place, fused=fused)
+def _neurons(up: Role, down: Role, module: str, width: str, gguf: str) -> tuple[TensorSpec, ...]:
+    """The matrices of a feed-forward without a gate.
+
+    Args:
+        up: the role of the matrix that its input is multiplied with.
+        down: the role of the other one.
+        module: the beginning of their names, inside of the block's part.
+        width: the letter of the number of neurons.
+        gguf: the end of their names in GGUF.
+    """
+    shapes = {up: ("up", (width, "D")), down: ("down", ("D", width))}
+    return tuple(
+        TensorSpec(role, f"{_MIXER}{module}{name}_proj.weight", shape, GgufTensor(f"{_GGUF}ffn_{name}{gguf}.weight"))
+        for role, (name, shape) in shapes.items()
+    )
 
 
-_ORDER = InterleaveRotary()  # llama.cpp's converter permutes queries and keys alike, although nothing turns them
+def _fused(tensor: TensorSpec) -> TensorSpec:
+    return replace(tensor, fused=Fused(tensor.name.replace(".{expert}.", ".").removesuffix(".weight")))
+
+
+def _in_block(tensor: TensorSpec) -> TensorSpec:
+    return replace(tensor, name=_MIXER + tensor.name.rpartition("self_attn.")[2])
+
+
+# llama.cpp's converter permutes queries and keys alike, although nothing turns them
 _ATTENTION_TENSORS = (
     _norm(Role.ATTENTION_NORM),
-    _matrix(Role.QUERY, "q_proj", ("Q", "D"), "attn_q", _ORDER),
-    replace(_matrix(Role.KEY, "k_proj", ("K", "D"), "attn_k", _ORDER), shares_input_of=Role.QUERY),
-    replace(_matrix(Role.VALUE, "v_proj", ("K", "D"), "attn_v"), shares_input_of=Role.QUERY),
-    _matrix(Role.ATTENTION_OUTPUT, "o_proj", ("D", "Q"), "attn_output"),
+    *map(_in_block, parts.attention_matrices(InterleaveRotary())),
 )
 _EXPERT_TENSORS = (
     _norm(Role.MOE_NORM),
     replace(parts.router_tensor(), name=f"{_MIXER}gate.weight", module="mixer.gate.weight"),
     replace(parts.selection_bias_tensor(), name=f"{_MIXER}gate.e_score_correction_bias"),
-    _expert_matrix(Role.EXPERT_UP, "up", ("F", "D")),
-    _expert_matrix(Role.EXPERT_DOWN, "down", ("D", "F")),
-    _matrix(Role.SHARED_UP, "shared_experts.up_proj", ("S", "D"), "ffn_up_shexp"),
-    _matrix(Role.SHARED_DOWN, "shared_experts.down_proj", ("D", "S"), "ffn_down_shexp"),
+    *map(_fused, _neurons(Role.EXPERT_UP, Role.EXPERT_DOWN, "experts.{expert}.", "F", "_exps")),
+    *_neurons(Role.SHARED_UP, Role.SHARED_DOWN, "shared_experts.", "S", "_shexp"),
 )
-_DENSE_TENSORS = (
-    _norm(Role.MOE_NORM),
-    _matrix(Role.DENSE_UP, "up_proj", ("F", "D"), "ffn_up"),
-    _matrix(Role.DENSE_DOWN, "down_proj", ("D", "F"), "ffn_down"),
-)
+_DENSE_TENSORS = (_norm(Role.MOE_NORM), *_neurons(Role.DENSE_UP, Role.DENSE_DOWN, "", "F", ""))
 _OUTSIDE = {
     Role.TOKEN_EMBEDDING: ("backbone.embeddings.weight", "model.embeddings.weight"),
     Role.FINAL_NORM: ("backbone.norm_f.weight", "model.norm_f.weight"),
 }
 """The names on the hub, and in transformers."""
+
+
+_WITHOUT_EFFECT = (
+    *("num_hidden_layers", "num_logits_to_keep", "mtp_layers_block_type", "num_nextn_predict_layers"),
+    *("chunk_size", "expand", "mamba_proj_bias", "mamba_ssm_cache_dtype", "use_mamba_kernels"),
+    *("time_step_min", "time_step_max", "time_step_floor"),
+    *("n_shared_experts", "moe_shared_expert_overlap", "hidden_dropout"),
+    *("residual_in_fp32", "rescale_prenorm_residual"),
+)
+"""Settings that transformers' class does not read, or that serve training, other kernels, or a skipped part."""
+_OF_KIND = {
+    _DENSE: ("intermediate_size",),
+    _RECURRENT: ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"),
+}
+"""Settings that only blocks of a kind have."""
 
 
 def _read(file: Settings) -> ModelSpec:
@@ -112,21 +133,15 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("mamba_hidden_act", "silu", "swish")
     for key in ("attention_bias", "mlp_bias", "use_bias"):
         settings.require(key, False)
-    settings.require("sliding_window", None)
-    settings.require("moe_latent_size", None)
+    for key in ("sliding_window", "moe_latent_size"):
+        settings.require(key, None)
     settings.refuse_what_no_family_can_do(kinds=_USUAL_KINDS)
     mamba2.refuse_limits_of_steps(settings)
-    settings.ignore("time_step_min", "time_step_max", "time_step_floor", "chunk_size", "expand", "mamba_proj_bias")
-    settings.ignore("num_hidden_layers", "n_shared_experts", "residual_in_fp32", "rescale_prenorm_residual")
-    settings.ignore("num_logits_to_keep", "use_mamba_kernels", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap")
-    settings.ignore("num_nextn_predict_layers", "mtp_layers_block_type", "hidden_dropout")
+    settings.ignore(*_WITHOUT_EFFECT)
     kinds = _kinds(settings)
     parts.refuse_without_experts(settings, [kind != _EXPERTS for kind in kinds], _PATTERN)
+    settings.ignore(*(key for kind, keys in _OF_KIND.items() if kind not in kinds for key in keys))
     layers = {kind: _layer(settings, kind) for kind in dict.fromkeys(kinds)}
-    if _DENSE not in layers:
-        settings.ignore("intermediate_size")
-    if _RECURRENT not in layers:
-        settings.ignore("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel")
     spec = parts.model(settings, [layers[kind] for kind in kinds], epsilon="layer_norm_epsilon")
     return replace(spec, tensors=tuple(map(_renamed, spec.tensors)))
 
