@@ -20,7 +20,7 @@ from compressors.model.description.roles import Role
 from compressors.model.running.gradients import ParameterKey, streamed_gradients
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
-from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.onnx import MODEL_FILE, OnnxWeights
 from compressors.model.sources.student import Student
 from compressors.recover.scopes import Scope
 from compressors.recover.trained_student import TrainedStudent
@@ -33,7 +33,11 @@ from exporter.capabilities.rules import Container
 from exporter.planning.teacher_floor import _fewest_layers
 from exporter.writing.onnx.encodings import onnx_units
 from exporter.writing.onnx.writer import write_onnx
+from tests.exporter.writing.onnx.session import Session
+from tests.families.checkpoints import write_model
 from tests.families.conftest import logits_of
+from tests.families.rows import Row
+from validate.files.graph_settings import graph_setting_symptoms
 
 
 @pytest.fixture(scope="module", params=["nemotron_h"])
@@ -165,6 +169,22 @@ def test_both_copies_of_a_row_have_the_values_that_replace_them(folder: Path, tm
 @pytest.mark.parametrize("container", [Container.GGUF, Container.ONNX])
 def test_the_first_blocks_that_a_container_holds_have_experts_and_attend(folder: Path, container: Container) -> None:
     assert _fewest_layers(Checkpoint(folder).spec, container) == 3
+
+
+@torch.no_grad()
+def test_blocks_with_a_dense_feed_forward(row: Row, fine_folder: Path, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
+    """No file of the hub has them beside blocks with experts, and llama.cpp does not load them."""
+    kinds = ["linear_attention", "mlp", "full_attention", "moe", "mlp"]
+    spelled = replace(row, on_the_hub={**row.on_the_hub, "hybrid_override_pattern": "M-*E-"})
+    write_model("nemotron_h", spelled, tmp_path / "model", fine_folder, layers_block_type=kinds)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    expected = stock(blocks_BT).logits
+    student = Student.teacher(Checkpoint(tmp_path / "model"))
+    assert (logits_of(StreamedModel(student), blocks_BT) - expected.flatten(0, 1)).abs().max() < 1e-4 * expected.max()
+    write_onnx(student, "F32", tmp_path / "onnx", threads=1)
+    assert graph_setting_symptoms(tmp_path / "onnx" / MODEL_FILE, student.spec) == []
+    found = Session(tmp_path / "onnx").feed(blocks_BT.numpy(), np.ones(blocks_BT.shape, np.int64))
+    assert np.abs(found - expected.numpy()).max() < 1e-4 * expected.max()
 
 
 @torch.no_grad()
