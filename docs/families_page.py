@@ -17,7 +17,8 @@ from types import ModuleType
 from compressors.model import families
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import Family
-from compressors.model.description.feed_forward import Dense, Routed
+from compressors.model.description.feed_forward import Routed
+from compressors.model.description.mixers import NoMixer
 from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.families.refused import REASONS
@@ -115,6 +116,7 @@ _WITHOUT_A_DEFAULT: Mapping[str, Mapping[str, object]] = {
     "glm4_moe": {"head_dim": 128},
     "granitemoehybrid": {"hidden_size": 2048, "mamba_n_heads": 64, "layer_types": (["mamba"] * 7 + ["attention"]) * 4},
     "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8, "intermediate_size": 3072},
+    "nemotron_h": {"hybrid_override_pattern": "MEM*E" * 8},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
 }
 """Settings that a family needs and transformers has no usable default of, as the hub's models have them."""
@@ -145,9 +147,11 @@ def _refused_families() -> Iterator[str]:
 
 def _kinds(layer: LayerSpec) -> str:
     feed_forward = layer.feed_forward
+    if feed_forward is None:
+        return f"{layer.mixer.kind} alone"
     shared = "" if not isinstance(feed_forward, Routed) or feed_forward.shared is None else " and a shared one"
-    assert isinstance(feed_forward, (Routed, Dense)), "an original has lost nothing"
-    return f"{layer.mixer.kind}, {feed_forward.kind}{shared}"
+    both = f"{feed_forward.kind}{shared}"
+    return f"{both} alone" if isinstance(layer.mixer, NoMixer) else f"{layer.mixer.kind}, {both}"
 
 
 def _routing_rules(spec: ModelSpec) -> list[str]:

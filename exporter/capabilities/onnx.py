@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from compressors.model.description.glu import Activation
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, ShortConvolution
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, NoMixer, ShortConvolution
 from compressors.model.description.onnx_cache import Attention, WithStates
 from compressors.model.description.spec import ModelSpec
 from exporter.capabilities.rules import Container, Feature, Rule
@@ -17,7 +17,7 @@ _MIXERS = (GroupedQuery.kind, Latent.kind, GatedDelta.kind, Mamba2.kind, ShortCo
 
 
 def _mixers(spec: ModelSpec) -> str | None:
-    mixers = [layer.mixer for layer in spec.layers]
+    mixers = [layer.mixer for layer in spec.layers if not isinstance(layer.mixer, NoMixer)]
     others = dict.fromkeys(mixer.kind for mixer in mixers if mixer.kind not in _MIXERS)
     if others:
         return _refused(f"our ONNX graphs have {_listed(_MIXERS)}; this model also has {_listed(others)}")
@@ -46,7 +46,8 @@ def _heads(spec: ModelSpec) -> str | None:
 
 def _expert_function(spec: ModelSpec) -> str | None:
     glus = {layer.routed.glu for layer in spec.written.layers if layer.routed is not None}
-    activations = dict.fromkeys(glu.activation for glu in glus if not glu.is_gated)
+    ungated = (glu.activation for glu in glus if not glu.is_gated)
+    activations = dict.fromkeys(each for each in ungated if each is not Activation.RELU_SQUARED)
     lacking = [f"experts without a gate whose activation is {activation}" for activation in activations]
     gates = dict.fromkeys(glu.activation for glu in glus if glu.is_gated and glu.activation is not Activation.SILU)
     lacking += [f"experts whose gate's activation is {activation}" for activation in gates]
@@ -66,6 +67,11 @@ def _listed(names: Collection[str]) -> str:
 RULES = (
     Rule(Container.ONNX, Feature.MIXERS, _listed(_MIXERS), _mixers),
     Rule(Container.ONNX, Feature.HEADS, f"a multiple of {_HEAD_MULTIPLE} values", _heads),
-    Rule(Container.ONNX, Feature.EXPERT_FUNCTION, "SwiGLU, its limits and offsets included", _expert_function),
+    Rule(
+        Container.ONNX,
+        Feature.EXPERT_FUNCTION,
+        "SwiGLU, its limits and offsets included; without a gate, the square of ReLU",
+        _expert_function,
+    ),
 )
 """The rules in the order in which they are asked; the first refusal counts."""

@@ -321,6 +321,26 @@ ROWS: Mapping[str, Row] = {
         sizes={"num_local_experts": 8, "intermediate_size": 32},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "sliding_window": None},
     ),
+    "nemotron_h": Row(
+        sizes={
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "moe"],
+            "head_dim": 32,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "ssm_state_size": 16,
+            "n_routed_experts": 8,
+            "moe_shared_expert_intermediate_size": 48,
+            "routed_scaling_factor": 2.5,
+        },
+        on_the_hub={
+            "layers_block_type": None,
+            "hybrid_override_pattern": "ME*ME",
+            "num_hidden_layers": 5,
+            "time_step_limit": [0.0, float("inf")],
+            "n_shared_experts": 1,
+        },
+    ),
     "qwen2_moe": Row(
         sizes={"shared_expert_intermediate_size": 48, "num_key_value_heads": 4},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "qkv_bias": None, "layer_types": None},

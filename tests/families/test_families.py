@@ -250,7 +250,7 @@ def test_transformers_dequantizes_to_the_same_numbers(folder: Path, tmp_path: Pa
         layer.routed and layer.tensor(Role.EXPERT_DOWN).fused.is_only_form for layer in Checkpoint(folder).spec.layers
     ):
         pytest.skip("transformers reads no experts in float8 that the hub has in one tensor")
-    write_float8(folder, tmp_path / "fp8", tmp_path / "plain", blocks((16, 16)))
+    write_float8(folder, tmp_path / "fp8", tmp_path / "plain", blocks((8, 8)))  # transformers reads no uneven ones
     settings = FineGrainedFP8Config(dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", quantization_config=settings, dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).state_dict()

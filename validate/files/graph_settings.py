@@ -18,23 +18,22 @@ import onnx
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import GroupedQuery, Latent
+from compressors.model.description.mixers import GroupedQuery, Latent, NoMixer
 from compressors.model.description.onnx_cache import Attention, WithStates, cache_heads
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_graph import external_place
-from compressors.model.files.onnx_names import IN_FLOAT32, ROTARY_COSINE, ROTARY_SINE
+from compressors.model.files.onnx_names import IN_FLOAT32, RELU_ALPHA, ROTARY_COSINE, ROTARY_SINE
 from compressors.model.sources.onnx_weights import row_lengths
+from validate.files.graph_places import ATTENTION, EXPERTS, Places
 from validate.files.own_graph_settings import PRODUCER, AllowedValues, own_attributes, own_constant_symptoms
-from validate.files.recurrent_graph_settings import RECURRENT, recurrent_attributes, state_operators
+from validate.files.recurrent_graph_settings import RECURRENT, recurrent_attributes
 
 __all__ = ["graph_setting_symptoms", "rotary_symptoms"]
 
-_ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
-_EXPERTS = ("MoE", "QMoE")
-_KNOWN = (*_ATTENTION, *_NORMS, *_EXPERTS, *RECURRENT)  # all their attributes are
+_KNOWN = (*ATTENTION, *_NORMS, *EXPERTS, *RECURRENT)  # all their attributes are
 _VECTOR_INPUTS: Mapping[str, Mapping[int, Role]] = {
     "GroupQueryAttention": {11: Role.SINKS},
     "MoE": {3: Role.EXPERT_GATE_UP_BIAS, 5: Role.EXPERT_DOWN_BIAS},
@@ -55,11 +54,11 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
     model = onnx.load(path, load_external_data=False)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     symptoms: dict[str, list[str]] = {}  # each fault, with its nodes
-    layer, counted = -1, (*_ATTENTION, *state_operators(spec))
+    places = Places(spec)
     for node, is_inside in _nodes(model.graph):
-        layer += node.op_type in counted and not is_inside
+        layer = places.of(node, is_inside)
         found = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-        allowed = _allowed(node, spec, max(layer, 0), weights)
+        allowed = _allowed(node, spec, layer, weights)
         if model.producer_name == PRODUCER:
             allowed |= own_attributes(node, spec)
         for name, values in allowed.items():
@@ -71,7 +70,7 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
             elif name not in found and None not in values:
                 sentence = f"{node.op_type} {name}: absent in the graph, the model's is {_shown(values[0])}"
                 symptoms.setdefault(sentence, []).append(node.output[0])
-        for sentence in _input_symptoms(node, spec.layers[max(layer, 0)]):
+        for sentence in _input_symptoms(node, spec.layers[layer]):
             symptoms.setdefault(sentence, []).append(node.output[0])
         for name in found.keys() - allowed.keys() - _HARMLESS if node.op_type in _KNOWN else ():
             symptoms.setdefault(f"{node.op_type} {name}: the model has no such setting", []).append(node.output[0])
@@ -100,7 +99,7 @@ def _input_symptoms(node: onnx.NodeProto, layer: LayerSpec) -> Iterator[str]:
 
 def _unknown_mixers(spec: ModelSpec) -> Iterator[str]:
     for index, layer in enumerate(spec.layers):
-        if not isinstance(layer.mixer, Attention | WithStates):
+        if not isinstance(layer.mixer, Attention | WithStates | NoMixer):
             yield f"layer {index}: {type(layer.mixer).__name__} is no mixer whose attributes can be checked in a graph"
 
 
@@ -112,11 +111,11 @@ def _allowed(
     if kind in _NORMS:
         axis: AllowedValues = {} if kind.startswith("Skip") else {"axis": (-1, None)}
         return axis | {"epsilon": _epsilons(node, spec, weights)}
-    if kind in _ATTENTION:
+    if kind in ATTENTION:
         return _attention(node, spec, layer)
     if kind in RECURRENT:
         return recurrent_attributes(node, spec, layer)
-    if kind in _EXPERTS:
+    if kind in EXPERTS:
         return _experts(node, spec.layers[layer], weights)
     if kind == "RotaryEmbedding":
         return _rotary_embedding(spec)
@@ -229,10 +228,11 @@ def _normalization(node: onnx.NodeProto, routed: Routed) -> tuple[Any, ...]:
 
 def _glu(glu: Glu) -> AllowedValues:
     """The right values for the function; an activation that the operators lack matches no attribute's value."""
-    is_swiglu = glu.is_gated and glu.activation is Activation.SILU
+    is_relu_squared = not glu.is_gated and glu.activation is Activation.RELU_SQUARED
+    is_swiglu = is_relu_squared or (glu.is_gated and glu.activation is Activation.SILU)
     return {
         "activation_type": (b"swiglu", b"silu") if is_swiglu else (glu.activation.encode(),),
-        "activation_alpha": (glu.alpha,),
+        "activation_alpha": (RELU_ALPHA if is_relu_squared else glu.alpha,),
         "activation_beta": (glu.offset, *(() if glu.offset else (None,))),
         "swiglu_limit": (math.inf, None) if glu.limit is None else (glu.limit,),
     }

@@ -220,10 +220,10 @@ def _constants_of(layer: LayerSpec) -> Mapping[str, Any]:
 
 
 def _constants_of_mixer(mixer: Mixer) -> dict[str, Any]:
-    if isinstance(mixer, Attention):
-        return _constants_of_attention(mixer)
-    numbers = [[number] for number in range(mixer.kernel - 1)]
-    return {f"convolution.last_{mixer.kernel - 1}": numbers} | _constants_of_states(mixer)
+    if isinstance(mixer, WithStates):
+        numbers = [[number] for number in range(mixer.kernel - 1)]
+        return {f"convolution.last_{mixer.kernel - 1}": numbers} | _constants_of_states(mixer)
+    return _constants_of_attention(mixer) if isinstance(mixer, Attention) else {}
 
 
 def _constants_of_states(mixer: WithStates) -> dict[str, Any]:

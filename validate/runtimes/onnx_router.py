@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class MoeNode:
 
     Attributes:
         layer: the decoder layer.
+        n_mixers: the number of operators before it that attend or carry a state.
         states: name of the value that the router reads too: [batch, sequence, hidden size].
         router_logits: name of the value that the operator takes, [tokens, experts].
         selection_scores: name of the value whose largest entries decide which experts get logits above the lowest,
@@ -42,6 +44,7 @@ class MoeNode:
     """
 
     layer: int
+    n_mixers: int
     states: str
     router_logits: str
     selection_scores: str
@@ -92,6 +95,7 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
     """The MoE operators of a graph.
 
     Nodes are in the order in which they run: a layer's experts come after its attention, its state or its convolution.
+    In our own graphs names tell the layer, which may have none of these.
     """
     layer, links, mixing = -1, _Links(graph), _mixing_operators(graph)
     for node in graph.node:
@@ -106,7 +110,12 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
             states, logits = node.input[0], node.input[_ROUTER_INPUT]
             factor, number = links.factor_of(node.output[0])
             scores = links.scores_behind(logits)
-            yield MoeNode(layer, states, logits, scores, factor, number, attributes.get("k", 1), normalizes)
+            named = _OUR_LAYER.match(node.output[0])
+            index = layer if named is None else int(named[1])
+            yield MoeNode(index, layer + 1, states, logits, scores, factor, number, attributes.get("k", 1), normalizes)
+
+
+_OUR_LAYER = re.compile(r"layers\.(\d{1,4})\.")
 
 
 def _mixing_operators(graph: onnx.GraphProto) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ class GgufFamily:
         takes_rope_factors: its graph divides the rotary angles by a tensor of the file.
         scales_attention: its graph multiplies the products of queries and keys for a longer context.
         switches_rope: a key tells its graph whether queries and keys are turned.
+        mixes_layers: its graph takes layers with experts and layers without in any order.
     """
 
     architecture: str
@@ -44,6 +45,7 @@ class GgufFamily:
     takes_rope_factors: bool = False
     scales_attention: bool = False
     switches_rope: bool = False
+    mixes_layers: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class LayerSpec:
 
     Attributes:
         mixer: the part that lets positions look at earlier ones.
-        feed_forward: the part that follows the mixer; None: the layer has lost it.
+        feed_forward: the part that follows the mixer; None: the layer has lost it, or never had one.
         hidden_size: D.
         tensors: all tensors of the layer, in the order of their roles; one that each expert has stands here once.
         lost_modules: modules of transformers' layer that it has lost.
@@ -107,6 +107,11 @@ class LayerSpec:
     def expert_width(self) -> int:
         """Neurons of each expert; 0 if it has none."""
         return self.moe.expert_width
+
+    @property
+    def expert_input_rows(self) -> int:
+        """The rows of the matrices that an expert's input is multiplied with; 0 if it has none."""
+        return 0 if self.routed is None else self.routed.input_rows
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -257,7 +262,7 @@ class ModelSpec:
     def is_uniform(self) -> bool:
         """True if no layer has lost its feed-forward, and all layers with experts have equal numbers and widths."""
         sizes = {layer.moe for layer in self.layers if layer.routed is not None}
-        return len(sizes) == 1 and all(layer.feed_forward is not None for layer in self.layers)
+        return len(sizes) == 1 and not any(layer.lost_modules for layer in self.layers)
 
     def with_sizes(self, sizes: Sequence[MoeSize], sources: Sequence[int] | None = None) -> ModelSpec:
         """The model with experts of other sizes.

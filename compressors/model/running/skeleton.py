@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,13 +14,16 @@ from torch import nn
 
 from compressors.model.config.reading import language_model_config, transformers_config
 from compressors.model.description.gate_order import gates_first
-from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.mixers import GroupedQuery, Mamba2
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec, MoeSize
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.running.layers import LayerWeights
 
 __all__ = ["Skeleton"]
+
+_NO_LIMIT = (0.0, math.inf)
+"""The limits of the steps of Mamba-2's heads; a class of transformers has another lower one of its own."""
 
 
 class Skeleton:
@@ -68,7 +72,8 @@ class Skeleton:
             tensor = gates_first(tensor) if described.alternates else tensor
             named[described.in_layer] = tensor.to(device, torch.float32 if described.runs_in_float32 else dtype)
         if layer.routed is not None:
-            named[f"{layer.routed.experts_module}.gate_up_proj"] = weights.gate_up_EFD.to(device)
+            name = "gate_up_proj" if layer.routed.glu.is_gated else "up_proj"
+            named[f"{layer.routed.experts_module}.{name}"] = weights.gate_up_EFD.to(device)
             named[f"{layer.routed.experts_module}.down_proj"] = weights.down_EDF.to(device)
         return named
 
@@ -90,6 +95,9 @@ class Skeleton:
             alike._experts_implementation = config._experts_implementation
             with torch.device("meta"):
                 module = type(module)(alike, index)
+        if isinstance(layer.mixer, Mamba2):
+            rule = layer.tensor(Role.MIXER_INPUT).submodule.rpartition(".")[0]
+            module.get_submodule(rule).time_step_limit = _NO_LIMIT  # type: ignore[assignment]
         if layer.routed is not None:
             module.get_submodule(layer.routed.router_module).register_forward_pre_hook(_in_float32)
             _lay_out(module.get_submodule(layer.routed.experts_module))
@@ -127,11 +135,15 @@ def _with_experts_of(layer: LayerSpec, other: LayerSpec) -> LayerSpec:
 
 
 class _Nothing(nn.Module):
-    """Replaces a dropped part of a layer."""
+    """Replaces a dropped part of a layer.
+
+    A layer may ask a norm for the dtype of its weight, to compute in it: the narrowest widens nothing.
+    """
 
     def __init__(self, n_outputs: int) -> None:
         super().__init__()
         self._n_outputs = n_outputs
+        self.weight = torch.empty(0, dtype=torch.bfloat16)
 
     def forward(self, hidden_BTD: torch.Tensor, *_others: object) -> torch.Tensor | tuple[torch.Tensor, ...]:
         nothing = torch.zeros_like(hidden_BTD)

@@ -150,7 +150,9 @@ class StreamedModel:
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None] + first_position
         rotary = self._skeleton.position_embeddings(self._indices[layer], hidden_BTD, positions)
         mask = self._mask(layer, hidden_BTD, first_position)
-        others = {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache}
+        others: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache}
+        if rotary is not None:
+            others["position_embeddings"] = rotary
         trained = self._stand_ins(layer, hidden_BTD.dtype)
         output: torch.Tensor = (
             functional_call(layer, trained, hidden_BTD, others) if trained else layer(hidden_BTD, **others)
@@ -160,7 +162,7 @@ class StreamedModel:
     def _mask(self, layer: nn.Module, hidden_BTD: torch.Tensor, first_position: int) -> torch.Tensor | None:
         """The mask of a layer; None where it is causal by itself and reaches back over everything."""
         mixer, n_new = self.spec.layers[self._indices[layer]].mixer, hidden_BTD.shape[1]
-        if mixer.is_recurrent:
+        if not mixer.cached_values:  # it does not look at positions
             return None
         is_short = mixer.window is None or first_position + n_new <= mixer.window
         if self._skeleton.is_causal_by_itself and is_short:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from compressors.model.description.mixers import NoMixer
 from compressors.model.description.roles import Role
 from compressors.model.files.onnx_names import EMBEDDING_FACTOR, HEAD_FACTOR, RESIDUAL_FACTOR
 from exporter.writing.onnx.blocks.registry import add_feed_forward
@@ -47,9 +48,10 @@ class _Decoder:
         branch: str | None = None  # what the last block made, not yet added to the residual stream
         for index, layer in enumerate(spec.layers):
             nodes = LayerNodes(graph, self._weights, layer, index, spec.context_length)
-            normed, residual = self._norm(Role.ATTENTION_NORM, index, residual, branch)
-            branch = mixer_nodes(layer.mixer).add(nodes, normed, attention_mask)
-            branch = self._times(layer.residual_scale, RESIDUAL_FACTOR, self._normed(nodes, branch, _AFTER_MIXER))
+            if not isinstance(layer.mixer, NoMixer):
+                normed, residual = self._norm(Role.ATTENTION_NORM, index, residual, branch)
+                branch = mixer_nodes(layer.mixer).add(nodes, normed, attention_mask)
+                branch = self._times(layer.residual_scale, RESIDUAL_FACTOR, self._normed(nodes, branch, _AFTER_MIXER))
             if layer.feed_forward is not None:
                 normed, residual = self._norm(Role.MOE_NORM, index, residual, branch)
                 branch = add_feed_forward(nodes, layer.feed_forward, normed)
@@ -60,7 +62,8 @@ class _Decoder:
         self._weights.linear(Role.HEAD, None, normed, "logits")
         graph.add_output("logits", _FLOAT, ["batch", "sequence", spec.vocab_size])
         for index, layer in enumerate(spec.layers):
-            mixer_nodes(layer.mixer).add_cache_outputs(graph, index)
+            if not isinstance(layer.mixer, NoMixer):
+                mixer_nodes(layer.mixer).add_cache_outputs(graph, index)
         return graph.model(spec.model_type)
 
     def _times(self, factor: float, name: str, values: str) -> str:

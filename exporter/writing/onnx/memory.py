@@ -8,11 +8,13 @@ it is. Large tensors are mapped from the data file in any case, and given back w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, ShortConvolution
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, NoMixer, ShortConvolution
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
+from compressors.model.sources.onnx_weights import written_shape
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors
 from validate.runtimes.cost import CHUNK_TOKENS
 
@@ -99,12 +101,17 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     values += tokens * spec.hidden_size * _LIVE_HIDDEN_STATES
     values += max(_mixer_values(layer, tokens, context) for layer in spec.layers)
     values += tokens * _feed_forward_values(spec)
-    expert = max(layer.expert_parameters for layer in spec.written.layers)
+    expert = max(_widened_values(layer) for layer in spec.written.layers)
     if expert:
         values += threads * (expert + tokens * spec.hidden_size)  # widened expert, partial sums
     # The embedding is not packed; where it is the head too, the packed copy counts among the weights.
     largest = max(weight.codes.n_bytes for weight in layout.weights if Role.TOKEN_EMBEDDING not in weight.roles)
     return _SESSION_BYTES + max(values * _FLOAT_BYTES, largest)
+
+
+def _widened_values(layer: LayerSpec) -> int:
+    """Values of an expert, with the rows that its weight holds twice."""
+    return sum(prod(written_shape(tensor, layer)[1:]) for tensor in layer.expert_tensors if tensor.is_quantizable)
 
 
 def _mixer_values(layer: LayerSpec, tokens: int, context: int) -> int:
@@ -113,6 +120,8 @@ def _mixer_values(layer: LayerSpec, tokens: int, context: int) -> int:
     if isinstance(mixer, Latent):
         of_head = 2 * mixer.key_dim + _LIVE_VECTORS * mixer.cached_values + 2 * mixer.value_dim
         return tokens * mixer.n_heads * of_head + _LIVE_CACHES * context * mixer.cached_values
+    if isinstance(mixer, NoMixer):
+        return 0
     if isinstance(mixer, Mamba2):
         repeated_keys = mixer.n_heads * mixer.key_dim
         return tokens * (_LIVE_CHANNELS * mixer.channels + mixer.sizes["M"] + 3 * mixer.width + repeated_keys)

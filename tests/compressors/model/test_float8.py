@@ -229,8 +229,10 @@ def test_other_quantized_checkpoints_are_refused_before_their_tensors(
 ) -> None:
     """One sentence with a next step; not even the weight file need be there."""
     (tmp_path / "config.json").write_bytes((one_layer / "config.json").read_bytes())
-    inside = {"quantization_config": settings} if key == "text_config" else settings
-    _edit_config(tmp_path, **{key: inside})
+    if key == "text_config":  # of a language model inside of more
+        _edit_config(tmp_path, model_type="qwen3_5_moe", text_config={"quantization_config": settings})
+    else:
+        _edit_config(tmp_path, **{key: settings})
     with pytest.raises(UnsupportedError, match=rf"quantization_config says .*{said}.*base_model of its model card"):
         Checkpoint(tmp_path)
 

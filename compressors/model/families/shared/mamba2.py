@@ -121,6 +121,8 @@ def limits(spec: ModelSpec) -> str | None:
     found = _mixer(spec)
     if found is None:
         return "graph needs a layer of Mamba-2, and this model has none"
+    if not any(layer.mixer.cached_values for layer in spec.layers):
+        return "graph needs a layer that attends, and this model has none"
     if found.kernel == 1:  # llama.cpp drops all axes of size 1
         return "graph needs a convolution over two tokens or more, and that of this model covers one"
     layer = next(layer for layer in spec.layers if layer.mixer == found)

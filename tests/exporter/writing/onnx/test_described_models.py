@@ -425,7 +425,7 @@ def test_units_hold_every_matrix_under_a_name_of_its_own(base: ModelSpec) -> Non
     ("glu", "named"),
     [
         (Glu(Activation.GELU_TANH), "gelu_pytorch_tanh"),
-        (Glu(Activation.RELU_SQUARED, is_gated=False), "without a gate.*relu2"),
+        (Glu(Activation.GELU_TANH, is_gated=False), "without a gate.*gelu_pytorch_tanh"),
     ],
 )
 def test_experts_that_the_operators_cannot_compute_are_refused(base: ModelSpec, glu: Glu, named: str) -> None:
