@@ -17,7 +17,8 @@ from types import ModuleType
 from compressors.model import families
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import Family
-from compressors.model.description.feed_forward import Dense, Routed
+from compressors.model.description.feed_forward import Routed
+from compressors.model.description.mixers import NoMixer
 from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.families.refused import REASONS
@@ -79,7 +80,7 @@ def _family_section(module: ModuleType) -> Iterator[str]:
     yield _row("routing", "; ".join(_routing_rules(spec)))
     yield _row("in llama.cpp", f"`{family.gguf.architecture}`")
     yield _row("GGUF files as originals", "no" if family.gguf.settings is None else "yes")
-    yield _row("rotary embeddings as GGUF", ", ".join(f"`{kind}`" for kind in _ropes_in_gguf(spec)))
+    yield _row("rotary embeddings as GGUF", ", ".join(f"`{kind}`" for kind in _ropes_in_gguf(spec)) or "none")
     dense = family.dense
     yield _row(
         "a dense student",
@@ -114,7 +115,9 @@ _WITHOUT_A_DEFAULT: Mapping[str, Mapping[str, object]] = {
         "final_logit_softcapping": 30.0,
     },
     "glm4_moe": {"head_dim": 128},
+    "granitemoehybrid": {"hidden_size": 2048, "mamba_n_heads": 64, "layer_types": (["mamba"] * 7 + ["attention"]) * 4},
     "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8, "intermediate_size": 3072},
+    "nemotron_h": {"hybrid_override_pattern": "MEM*E" * 8},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
 }
 """Settings that a family needs and transformers has no usable default of, as the hub's models have them."""
@@ -145,9 +148,11 @@ def _refused_families() -> Iterator[str]:
 
 def _kinds(layer: LayerSpec) -> str:
     feed_forward = layer.feed_forward
+    if feed_forward is None:
+        return f"{layer.mixer.kind} alone"
     shared = "" if not isinstance(feed_forward, Routed) or feed_forward.shared is None else " and a shared one"
-    assert isinstance(feed_forward, (Routed, Dense)), "an original has lost nothing"
-    return f"{layer.mixer.kind}, {feed_forward.kind}{shared}"
+    both = f"{feed_forward.kind}{shared}"
+    return f"{both} alone" if isinstance(layer.mixer, NoMixer) else f"{layer.mixer.kind}, {both}"
 
 
 def _routing_rules(spec: ModelSpec) -> list[str]:
@@ -210,6 +215,8 @@ def _with_narrow_heads(spec: ModelSpec) -> ModelSpec:
 
 
 def _ropes_in_gguf(spec: ModelSpec) -> Iterator[str]:
+    if spec.rope is None:
+        return
     for kind in RopeKind:
         rope = _scaled(spec.rope, kind)
         layers = tuple(

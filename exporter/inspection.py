@@ -46,7 +46,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "vocabulary": spec.vocab_size,
         "context": spec.context_length,
         "sliding_window": spec.window,
-        "rope_type": ", ".join(dict.fromkeys(rope.kind.value for rope in spec.ropes)),
+        "rope_type": ", ".join(dict.fromkeys(rope.kind.value for rope in spec.ropes)) or None,
         "tied_embeddings": spec.tied_embeddings,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "stored_as": checkpoint.stored_as,
@@ -151,7 +151,7 @@ def description_table(description: Mapping[str, Any]) -> Table:
         + (
             f", within the sliding window of {description['sliding_window']:,}" if description["sliding_window"] else ""
         ),
-        "rotary": str(description["rope_type"]),
+        "rotary": str(description["rope_type"] or "none: nothing is turned"),
         "GGUF": f"architecture {description['gguf_architecture']}",
     }
     table = Table(show_header=False, box=None)

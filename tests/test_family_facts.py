@@ -38,8 +38,8 @@ _ALL_MODELS_HAVE = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "hidden_size", "max_position_embeddings"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type"),
         *("tie_word_embeddings", "quantization_config", "compression_config", "layer_types", "sliding_window"),
-        *("num_experts_per_tok",),
-        *("use_sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "rope_type", "attention_factor"),
+        *("num_experts_per_tok", "chunk_size", "use_sliding_window"),
+        *("rope_parameters", "rope_scaling", "rope_theta", "rope_type", "attention_factor"),
         *("full_attention", "sliding_attention", "original_max_position_embeddings", "beta_fast", "beta_slow"),
         *("partial_rotary_factor", "per_layer_config", "mscale_all_dim"),
         # keys of GGUF files of every architecture, by which files of other people are read
@@ -53,12 +53,14 @@ _ALL_MODELS_HAVE = frozenset(
 )
 _ANOTHER_MEANING = {
     # parameters of the experts' module, which transformers gives to every family
-    "compressors/model/running/experts.py": {"gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"},
-    "compressors/model/running/skeleton.py": {"gate_up_proj", "down_proj"},
+    "compressors/model/running/experts.py": {
+        *("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"),
+    },
+    "compressors/model/running/skeleton.py": {"gate_up_proj", "up_proj", "down_proj"},
     # rules of llama-quantize, which go by names
     "exporter/writing/gguf/mixes.py": {"ffn_gate_inp", "token_embd", "attn_output", "attn_qkv", "ssm_conv1d"},
-    # a node of llama.cpp's graphs
-    "validate/runtimes/llama_cpp_routing.py": {"ffn_norm"},
+    # nodes of llama.cpp's graphs
+    "validate/runtimes/llama_cpp_routing.py": {"ffn_norm", "attn_norm"},
     # an attribute of ONNX Runtime's operators
     "exporter/writing/onnx/glu.py": {"swiglu_limit"},
     "validate/files/graph_settings.py": {"swiglu_limit"},

@@ -86,6 +86,7 @@ _INTERVAL = "`attention.recurrent_layers`, which we always write, goes before it
 _FIXED = "in some families the converter fixes it by the token's text; ours is from the tokenizer and `config.json`"
 _ENDS = "a further token that ends texts, from `config.json`; the converter has it for GLM alone"
 _ONE_GROUP = "one group is no choice"
+_NOT_TURNED = "the graph turns nothing"
 
 _REASONS: Mapping[str, Mapping[str, str]] = {
     _OURS: {
@@ -96,6 +97,7 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "ARCH.attention.value_length": _ALWAYS,
         "ARCH.attention.recurrent_layers": _ALWAYS,
         "ARCH.attention.sliding_window_pattern": _ALWAYS,
+        "ARCH.attention.layer_norm_rms_epsilon": _ALWAYS,
         "ARCH.attention.q_lora_rank": "0 for none: without it llama.cpp refuses all but a few numbers of layers",
         "ARCH.leading_dense_block_count": _ALWAYS,
         "ARCH.expert_weights_norm": "false, as llama.cpp has it without the key",
@@ -117,11 +119,15 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "ARCH.expert_group_used_count": _ONE_GROUP,
         "ARCH.nextn_predict_layers": "0, as it is without the key",
         "ARCH.rope.scaling.type": "none, as it is without the key",
+        "ARCH.rope.freq_base": _NOT_TURNED,
+        "ARCH.rope.dimension_count": _NOT_TURNED,
+        "ARCH.rope.scaling.finetuned": _NOT_TURNED,
         "tokenizer.ggml.bos_token_id": _FIXED,
         "tokenizer.ggml.seperator_token_id": "of training: nothing that runs a model puts texts together with it",
         "tokenizer.ggml.unknown_token_id": _FIXED,
     },
     _OTHER: {
+        "ARCH.context_length": "the converter's is the same for all models with Mamba-2; ours is the model's",
         "tokenizer.ggml.eot_token_id": _FIXED,
         "general.file_type": "ours is of the type of most weights, which the embedding has in a model as tiny as this",
     },

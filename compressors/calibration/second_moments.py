@@ -12,7 +12,7 @@ Sums are float32; their bits do not depend on the number of threads. Letters as 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -177,16 +177,24 @@ class ExpertInputs:
         rows = (self._inputs_TD[part] for part in tokens_n.split(ROWS_AT_ONCE))
         return Moments.of_sum(_sum_of_products(rows, self._inputs_TD.shape[1]), len(tokens_n))
 
-    def down(self, expert: int, gate_FD: torch.Tensor, up_FD: torch.Tensor) -> Moments:
-        """The moments of the inputs of its down projection, computed from its tokens with the given gate and up."""
-        tokens_n = self._tokens(expert)
-        gate_FD, up_FD = gate_FD.float(), up_FD.float()
-        gate_F, up_F = (None, None) if self._bias_EF is None else self._bias_EF[expert].float().chunk(2)
+    def down(self, expert: int, *of_inputs: torch.Tensor) -> Moments:
+        """The moments of the inputs of its down projection, computed from its tokens with the given gate and up.
+
+        Args:
+            expert: the expert.
+            of_inputs: its gate and up, or up alone where there is no gate.
+        """
+        tokens_n, matrices = self._tokens(expert), [matrix_FD.float() for matrix_FD in of_inputs]
+        biases = [None] * len(matrices) if self._bias_EF is None else self._bias_EF[expert].float().chunk(len(matrices))
         rows = (
-            self._glu.torch_apply(functional.linear(part_nD, gate_FD, gate_F), functional.linear(part_nD, up_FD, up_F))
+            self._hidden([functional.linear(part_nD, *each) for each in zip(matrices, biases, strict=True)])
             for part_nD in (self._inputs_TD[part].float() for part in tokens_n.split(ROWS_AT_ONCE))
         )
-        return Moments.of_sum(_sum_of_products(rows, len(gate_FD)), len(tokens_n))
+        return Moments.of_sum(_sum_of_products(rows, len(matrices[0])), len(tokens_n))
+
+    def _hidden(self, products: Sequence[torch.Tensor]) -> torch.Tensor:
+        *gate_nF, up_nF = products
+        return self._glu.torch_apply(gate_nF[0] if gate_nF else None, up_nF)
 
     def _tokens(self, expert: int) -> torch.Tensor:
         return (self._chosen_TK == expert).any(1).nonzero().flatten()
@@ -267,7 +275,7 @@ def _without_experts(student: Student, index: int) -> LayerWeights:
     layer = student.spec.layers[index]
     zero = torch.zeros(1, 1, 1, dtype=student.expert_dtype)
     return LayerWeights(
-        zero.expand(layer.n_experts, 2 * layer.expert_width, layer.hidden_size),
+        zero.expand(layer.n_experts, layer.expert_input_rows, layer.hidden_size),
         zero.expand(layer.n_experts, layer.hidden_size, layer.expert_width),
         {tensor.role: student.tensor(tensor.role, index) for tensor in layer.shared_tensors},
     )

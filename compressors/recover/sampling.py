@@ -189,9 +189,9 @@ class _Part:
         self._cache.put_state(_CONVOLUTION, layer, self._texts, last)
         return inputs_BCt
 
-    def update_recurrent_state(self, state: torch.Tensor, layer: int) -> None:
+    def update_recurrent_state(self, state: torch.Tensor, layer_idx: int) -> None:
         """Keeps the state after these positions."""
-        self._cache.put_state(_RECURRENCE, layer, self._texts, state)
+        self._cache.put_state(_RECURRENCE, layer_idx, self._texts, state)
 
     def is_recording_past(self, _layer: int) -> bool:
         """False: no position is ever taken back."""

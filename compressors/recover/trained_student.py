@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from compressors.model.description.feed_forward import Routed
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import Kind, TensorSpec
@@ -127,7 +128,8 @@ class TrainedStudent:
             yield role, layer, factors_RK.detach().cpu()
         for layer, trained in self._experts.items():
             assert isinstance(trained.gate_up, ScaledMatrices) and isinstance(trained.down, ScaledMatrices)
-            for role, factors_NOK in zip(_EXPERT_ROLES, trained.gate_up.factors + trained.down.factors, strict=True):
+            roles = (*self._routed(layer).input_roles, Role.EXPERT_DOWN)
+            for role, factors_NOK in zip(roles, trained.gate_up.factors + trained.down.factors, strict=True):
                 if factors_NOK is not None:
                     yield role, layer, factors_NOK.detach().cpu().flatten(0, 1)
 
@@ -144,9 +146,9 @@ class TrainedStudent:
                 elif length is not None:
                     self._factors[tensor.role, index] = self._ones(n_rows, n_columns // length)
             if any(factors is not None for factors in of_experts.values()):
-                gate, up, down = (of_experts[role] for role in _EXPERT_ROLES)
-                experts = tuple(range(layer.n_experts))
-                self._experts[index] = TrainedExperts(experts, ScaledMatrices((gate, up)), ScaledMatrices((down,)))
+                of_inputs = tuple(of_experts[role] for role in self._routed(index).input_roles)
+                of_down, experts = (of_experts[Role.EXPERT_DOWN],), tuple(range(layer.n_experts))
+                self._experts[index] = TrainedExperts(experts, ScaledMatrices(of_inputs), ScaledMatrices(of_down))
 
     def _add_experts(self, scope: Scope, usage: Sequence[torch.Tensor] | None) -> None:
         for index, layer in enumerate(self.student.spec.layers):
@@ -159,8 +161,8 @@ class TrainedStudent:
         student, dtype = self.student, self.student.expert_dtype
         gate_up = trained.gate_up_weight(expert, self._gate_up(layer, expert).to(self._device))
         down = trained.down_weight(expert, student.expert(Role.EXPERT_DOWN, layer, expert).to(self._device))
-        gate, up = gate_up.chunk(2)
-        matrices = {Role.EXPERT_GATE: gate, Role.EXPERT_UP: up, Role.EXPERT_DOWN: down}
+        roles = self._routed(layer).input_roles
+        matrices = dict(zip(roles, gate_up.chunk(len(roles)), strict=True)) | {Role.EXPERT_DOWN: down}
         return {
             student.name(role, layer, expert): matrix.to("cpu", dtype, copy=True) for role, matrix in matrices.items()
         }
@@ -174,9 +176,10 @@ class TrainedStudent:
             )
         described = self.student.spec.layers[layer]
         hidden_size, width, n = described.hidden_size, described.expert_width, len(experts)
+        n_parts = len(self._routed(layer).input_roles)
         return TrainedExperts(
             experts,
-            self._adapters((n, 2, rank, hidden_size), (n, 2, width, rank)),
+            self._adapters((n, n_parts, rank, hidden_size), (n, n_parts, width, rank)),
             self._adapters((n, 1, rank, width), (n, 1, hidden_size, rank)),
         )
 
@@ -186,8 +189,12 @@ class TrainedStudent:
         return LowRankMatrices(self._parameter(a_NPRI), self._parameter(torch.zeros(b_shape)))
 
     def _gate_up(self, layer: int, expert: int) -> torch.Tensor:
-        gate, up = (self.student.expert(role, layer, expert) for role in (Role.EXPERT_GATE, Role.EXPERT_UP))
-        return torch.cat([gate, up])
+        return torch.cat([self.student.expert(role, layer, expert) for role in self._routed(layer).input_roles])
+
+    def _routed(self, layer: int) -> Routed:
+        routed = self.student.spec.layers[layer].routed
+        assert routed is not None, f"layer {layer} has no experts"
+        return routed
 
     def _described(self, role: Role, layer: int | None) -> TensorSpec:
         return self.student.spec.tensor(role, layer)
@@ -201,9 +208,6 @@ class TrainedStudent:
 
     def _parameter(self, values: torch.Tensor) -> nn.Parameter:
         return nn.Parameter(values.to(self._device))
-
-
-_EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
 def _whole_tensors(scope: Scope, spec: ModelSpec) -> Iterator[tuple[Role, int | None]]:

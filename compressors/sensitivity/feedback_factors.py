@@ -20,6 +20,7 @@ _KINDS: Mapping[Role, str] = {
     Role.EXPERT_UP: _WIDE,
     Role.SHARED_DOWN: _DOWN,
     Role.SHARED_GATE: _WIDE,
+    Role.SHARED_GATE_UP: _WIDE,
     Role.SHARED_UP: _WIDE,
     Role.QUERY: _ATTENTION,
     Role.KEY: _ATTENTION,

@@ -131,7 +131,8 @@ class _GradientSums:
 
         matrices = matrices_beside_experts(layer)
         self.of_matrix = {tensor.role: zeros(layer.dimensions(tensor)[0]) for tensor in matrices}
-        self._gate_up_E2F = zeros(layer.n_experts, 2 * layer.expert_width)
+        self._input_roles = () if layer.routed is None else layer.routed.input_roles
+        self._gate_up_E2F = zeros(layer.n_experts, layer.expert_input_rows)
         self._down_ED = zeros(layer.n_experts, layer.hidden_size)
 
     def of_expert(self, expert: int, gate_up_gradient_n2F: torch.Tensor, down_gradient_nD: torch.Tensor) -> None:
@@ -143,7 +144,7 @@ class _GradientSums:
         """The sums by role: [M, O]."""
         found = {role: total_O[None] for role, total_O in self.of_matrix.items()}
         if len(self._down_ED):
-            found[Role.EXPERT_GATE], found[Role.EXPERT_UP] = self._gate_up_E2F.chunk(2, dim=-1)
+            found |= zip(self._input_roles, self._gate_up_E2F.chunk(len(self._input_roles), dim=-1), strict=True)
             found[Role.EXPERT_DOWN] = self._down_ED
         return found
 
@@ -165,8 +166,8 @@ def _mean_squared_inputs(statistics: LayerStatistics, layer: LayerSpec) -> dict[
     found = {tensor.role: statistics.mean_input_squares(tensor)[None] for tensor in matrices_beside_experts(layer)}
     if layer.routed is not None:
         counts_E1 = statistics.count_E[:, None].clamp_min(1)
-        gate_up = (statistics.gate_up_input_square_ED / counts_E1).float()
-        found[Role.EXPERT_GATE] = found[Role.EXPERT_UP] = gate_up
+        of_inputs = (statistics.gate_up_input_square_ED / counts_E1).float()
+        found |= dict.fromkeys(layer.routed.input_roles, of_inputs)
         found[Role.EXPERT_DOWN] = (statistics.down_input_square_EF / counts_E1).float()
     return found
 

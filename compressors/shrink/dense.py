@@ -40,7 +40,8 @@ class Condense:
         statistics = evidence.statistics
         chosen = highest(statistics.reap_scores(), block.top_k)
         mean_gate_E = (statistics.gate_sum_E / statistics.count_E.clamp_min(1)).float()
-        gate_up_FD = torch.cat([block.gate(expert) for expert in chosen] + [block.up(expert) for expert in chosen])
+        of_inputs = zip(*(block.input_matrices(expert) for expert in chosen), strict=True)
+        gate_up_FD = torch.cat([matrix_FD for matrices in of_inputs for matrix_FD in matrices])
         down_DF = torch.cat([mean_gate_E[expert] * block.down(expert) for expert in chosen], dim=1)
         condensed = replace(block.keep(chosen[:1]), gate_up_EFD=gate_up_FD[None], down_EDF=down_DF[None])
         if block.gate_up_bias_EF is not None:

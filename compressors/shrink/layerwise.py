@@ -153,7 +153,7 @@ class LayerwiseCompression:
         layer = self._before.spec.layers[index]
         with torch.device("meta"):
             return LayerWeights(
-                torch.empty(layer.n_experts, 2 * layer.expert_width, layer.hidden_size),
+                torch.empty(layer.n_experts, layer.expert_input_rows, layer.hidden_size),
                 torch.empty(layer.n_experts, layer.hidden_size, layer.expert_width),
                 {
                     tensor.role: torch.empty(layer.dimensions(tensor))
@@ -172,11 +172,9 @@ class LayerwiseCompression:
             overlay |= {student.name(role, index): values.to(dtype) for role, values in _expert_biases(block).items()}
             overlay |= {student.name(role, index): values.contiguous() for role, values in _scales(block).items()}
         for expert in sorted(result.changed_experts):
-            projections = {
-                Role.EXPERT_GATE: block.gate(expert),
-                Role.EXPERT_UP: block.up(expert),
-                Role.EXPERT_DOWN: block.down(expert),
-            }
+            roles = (Role.EXPERT_GATE, Role.EXPERT_UP) if block.glu.is_gated else (Role.EXPERT_UP,)
+            projections = dict(zip(roles, block.input_matrices(expert), strict=True))
+            projections[Role.EXPERT_DOWN] = block.down(expert)
             overlay |= {
                 student.name(role, index, expert): values.to(dtype).contiguous() for role, values in projections.items()
             }

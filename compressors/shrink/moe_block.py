@@ -48,7 +48,7 @@ class MoeBlock:
     """
 
     router_ED: torch.Tensor  # float32, like all biases
-    gate_up_EFD: torch.Tensor  # [E, 2F, D], gate rows first
+    gate_up_EFD: torch.Tensor  # [E, 2F, D], gate rows first; [E, F, D] of experts without a gate
     down_EDF: torch.Tensor
     top_k: int
     routing: Routing
@@ -69,13 +69,23 @@ class MoeBlock:
         """The number of intermediate neurons of each expert."""
         return self.down_EDF.shape[-1]
 
+    @property
+    def n_inputs(self) -> int:
+        """The number of matrices that an expert's input is multiplied with: gate and up, or up alone."""
+        return 2 if self.glu.is_gated else 1
+
+    def input_matrices(self, expert: int) -> tuple[torch.Tensor, ...]:
+        """Gate and up, or up alone: float32 [F, D] each."""
+        return torch.split(self.gate_up_EFD[expert].float(), self.width)
+
     def gate(self, expert: int) -> torch.Tensor:
         """Gate projection: float32 [F, D]."""
+        assert self.glu.is_gated, "the experts have no gate"
         return self.gate_up_EFD[expert, : self.width].float()
 
     def up(self, expert: int) -> torch.Tensor:
         """Up projection: float32 [F, D]."""
-        return self.gate_up_EFD[expert, self.width :].float()
+        return self.gate_up_EFD[expert, -self.width :].float()
 
     def down(self, expert: int) -> torch.Tensor:
         """Down projection: float32 [D, F]."""
@@ -99,7 +109,7 @@ class MoeBlock:
         """Intermediate activations of an expert: float32 [n, F]."""
         inputs_nD = inputs_nD.float()
         gate_bias_F, up_bias_F = self._gate_and_up_bias(expert)
-        gate_nF = functional.linear(inputs_nD, self.gate(expert), gate_bias_F)
+        gate_nF = functional.linear(inputs_nD, self.gate(expert), gate_bias_F) if self.glu.is_gated else None
         return self.glu.torch_apply(gate_nF, functional.linear(inputs_nD, self.up(expert), up_bias_F))
 
     def output(self, expert: int, inputs_nD: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ _MOST_EXPERTS, _MOST_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYER
 
 def _different_layers(spec: ModelSpec) -> str | None:
     has_experts = [layer.routed is not None for layer in spec.layers]
-    if spec.is_uniform and has_experts == sorted(has_experts):
+    if spec.is_uniform and (spec.written.family.gguf.mixes_layers or has_experts == sorted(has_experts)):
         return None
     if spec.is_uniform:
         first = has_experts.index(False, has_experts.index(True))

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, ShortConvolution
-from compressors.model.description.onnx_cache import Attention
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, NoMixer, ShortConvolution
+from compressors.model.description.onnx_cache import Attention, WithStates
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
@@ -16,17 +16,17 @@ from exporter.capabilities.rules import Container, Feature, Rule
 __all__ = ["RULES", "needs_nodes"]
 
 _HEAD_MULTIPLE = 16
-_MIXERS = (GroupedQuery.kind, Latent.kind, GatedDelta.kind, ShortConvolution.kind)
+_MIXERS = (GroupedQuery.kind, Latent.kind, GatedDelta.kind, Mamba2.kind, ShortConvolution.kind)
 
 
 def _mixers(spec: ModelSpec) -> str | None:
-    mixers = [layer.mixer for layer in spec.layers]
+    mixers = [layer.mixer for layer in spec.layers if not isinstance(layer.mixer, NoMixer)]
     others = dict.fromkeys(mixer.kind for mixer in mixers if mixer.kind not in _MIXERS)
     if others:
         return _refused(f"our ONNX graphs have {_listed(_MIXERS)}; this model also has {_listed(others)}")
     if not any(isinstance(mixer, Attention) for mixer in mixers):
         return _refused("our ONNX graphs need a layer that attends, and this model has none")
-    is_short = any(isinstance(mixer, (GatedDelta, ShortConvolution)) and mixer.kernel == 1 for mixer in mixers)
+    is_short = any(isinstance(mixer, WithStates) and mixer.kernel == 1 for mixer in mixers)
     kept = "our ONNX graphs keep the last inputs of a convolution"
     return _refused(f"{kept}, and the convolution of this model covers one token", is_short)
 
@@ -49,13 +49,19 @@ def _heads(spec: ModelSpec) -> str | None:
 
 def needs_nodes(routed: Routed) -> bool:
     """True if nodes must compute the experts, because no operator computes their function or weighs by their scales."""
-    return routed.glu.activation is not Activation.SILU or routed.routing.has_expert_scale
+    is_known = routed.glu.activation is Activation.SILU if routed.glu.is_gated else _squares_relu(routed)
+    return not is_known or routed.routing.has_expert_scale
+
+
+def _squares_relu(routed: Routed) -> bool:
+    """True for experts without a gate that the operators compute, as if gates and values were the same."""
+    return routed.glu.activation is Activation.RELU_SQUARED and not routed.routing.has_expert_scale
 
 
 def _expert_function(spec: ModelSpec) -> str | None:
     layers = [(layer, layer.routed) for layer in spec.written.layers if layer.routed is not None]
-    experts = [routed for _, routed in layers]
-    activations = dict.fromkeys(routed.glu.activation for routed in experts if not routed.glu.is_gated)
+    ungated = (routed for _, routed in layers if not routed.glu.is_gated)
+    activations = dict.fromkeys(routed.glu.activation for routed in ungated if not _squares_relu(routed))
     lacking = [f"experts without a gate whose activation is {activation}" for activation in activations]
     if any(needs_nodes(routed) and Role.EXPERT_DOWN_BIAS in layer.roles for layer, routed in layers):
         lacking.append("biases of such experts")
@@ -93,7 +99,8 @@ RULES = (
     Rule(
         Container.ONNX,
         Feature.EXPERT_FUNCTION,
-        "SwiGLU, its limits and offsets included, by operators; other functions with a gate by nodes for each expert",
+        "SwiGLU, its limits and offsets included, and without a gate the square of ReLU, by operators; other functions "
+        "with a gate by nodes for each expert",
         _expert_function,
     ),
     Rule(

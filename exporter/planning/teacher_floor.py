@@ -17,6 +17,8 @@ from compressors.model.errors import UnsupportedError
 from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
+from exporter.capabilities.rules import Container
+from exporter.capabilities.table import refusal
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
 from exporter.planning.compression import layers_with_experts
@@ -62,10 +64,12 @@ def choose_teacher_floor(
         found = prediction(n_layers)
         return PROCESS_BYTES + found.total > memory_bytes // _SHARE or found.file > disk_bytes // _SHARE
 
-    fewest = layers_with_experts(checkpoint.spec)[0] + 1  # a container need not hold a model without experts
+    fewest = _fewest_layers(checkpoint.spec, Container(artifact))
+    if fewest is None:  # the student may be something else, such as fewer experts than llama.cpp's limit
+        return None
     try:
         prediction(fewest)
-    except UnsupportedError:  # the student may be something else, such as fewer experts than llama.cpp's limit
+    except UnsupportedError:  # by a setting, such as the type of the cache
         return None
     possible = range(fewest, checkpoint.spec.n_layers + 1)
     n_possible = bisect_left(possible, True, key=is_too_large)
@@ -73,6 +77,16 @@ def choose_teacher_floor(
         return None
     n_layers = possible[n_possible - 1]
     return TeacherFloor(weight_type, n_layers, _CHUNKS, prediction(n_layers).file)
+
+
+def _fewest_layers(spec: ModelSpec, container: Container) -> int | None:
+    """The fewest first layers that a container holds; None: it does not even hold all of them.
+
+    It need not hold a model without experts, or without a layer of some kind.
+    """
+    possible = range(layers_with_experts(spec)[0] + 1, spec.n_layers + 1)
+    students = ((n_layers, _first_layers_map(spec, n_layers).spec_of(spec)) for n_layers in possible)
+    return next((n_layers for n_layers, student in students if refusal(student, container) is None), None)
 
 
 def exact_type(artifact: str, dtype: torch.dtype) -> str:

@@ -39,15 +39,13 @@ def _of_rope(spec: ModelSpec, artifact: str) -> Iterator[str]:
             f"the file is written for the {spec.context_length:,} tokens that the model was trained on; the dynamic "
             "scaling of longer texts is not in it"
         )
-    if artifact != "gguf":
-        return
-    for rope in spec.ropes:
+    for rope in spec.ropes if artifact == "gguf" else ():
         constants = yarn_constants(rope, takes_factors=spec.family.gguf.takes_rope_factors)
         if constants is not None:
             yield constants
-    shorter = spec.rope.switches_after
-    if shorter is not None and shorter < spec.context_length:
-        yield (
-            f"llama.cpp turns all texts by the long factors if its context is set above {shorter:,} tokens, and by the "
-            f"short ones if not (-c {shorter}); the original turns each text by its own length"
-        )
+        shorter = rope.switches_after
+        if shorter is not None and shorter < spec.context_length:
+            yield (
+                f"llama.cpp turns all texts by the long factors if its context is set above {shorter:,} tokens, and by "
+                f"the short ones if not (-c {shorter}); the original turns each text by its own length"
+            )

@@ -45,9 +45,9 @@ class ExpertFeedback:
         moments = self._inputs.gate_up(expert)
         return Feedback.of(conditioned(moments.mean_NN, moments.n_tokens, self._inputs.all_tokens.mean_NN))
 
-    def down(self, expert: int, gate_FD: torch.Tensor, up_FD: torch.Tensor) -> Feedback:
-        """The feedback of down, whose inputs are the expert's own neurons."""
-        moments = self._inputs.down(expert, gate_FD, up_FD)
+    def down(self, expert: int, *of_inputs: torch.Tensor) -> Feedback:
+        """The feedback of down, whose inputs are the expert's own neurons, made from gate and up, or from up alone."""
+        moments = self._inputs.down(expert, *of_inputs)
         return Feedback.of(conditioned(moments.mean_NN, moments.n_tokens, None))
 
 

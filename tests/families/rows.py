@@ -73,6 +73,22 @@ _DELTA: Mapping[str, Any] = {
     "linear_value_head_dim": 16,
 }
 
+_GRANITE: Mapping[str, Any] = {
+    "num_local_experts": 8,
+    "intermediate_size": 32,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.125,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 6.0,
+    "tie_word_embeddings": True,
+}
+_GRANITE_ON_THE_HUB: Mapping[str, Any] = {
+    "rope_theta": 10000,
+    "rope_parameters": None,
+    "rope_scaling": None,
+    "num_experts": None,
+}
+
 ROWS: Mapping[str, Row] = {
     "afmoe": Row(
         sizes={
@@ -225,18 +241,27 @@ ROWS: Mapping[str, Row] = {
             "initial_context_length": 4096,
         },
     ),
-    "granitemoe": Row(
+    "granitemoe": Row(sizes=_GRANITE, on_the_hub=_GRANITE_ON_THE_HUB),
+    "granitemoehybrid": Row(
         sizes={
-            "num_local_experts": 8,
-            "intermediate_size": 32,
-            "embedding_multiplier": 12.0,
-            "attention_multiplier": 0.125,
-            "residual_multiplier": 0.22,
-            "logits_scaling": 6.0,
-            "tie_word_embeddings": True,
+            **_GRANITE,
+            "num_hidden_layers": 4,
+            "shared_intermediate_size": 48,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+            "mamba_n_heads": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 16,
+            "position_embedding_type": "nope",
         },
-        on_the_hub={"rope_theta": 10000, "rope_parameters": None, "rope_scaling": None, "num_experts": None},
+        on_the_hub={
+            **_GRANITE_ON_THE_HUB,
+            "layer_types": ["mamba", "attention", "mamba", "attention"],
+            "mamba_d_head": 16,
+            "normalization_function": "rmsnorm",
+            "time_step_limit": [0.0, float("inf")],
+        },
     ),
+    "granitemoeshared": Row(sizes={**_GRANITE, "shared_intermediate_size": 48}, on_the_hub=_GRANITE_ON_THE_HUB),
     "hunyuan_v1_moe": Row(
         sizes={
             "hidden_size": 256,
@@ -294,6 +319,26 @@ ROWS: Mapping[str, Row] = {
     "mixtral": Row(
         sizes={"num_local_experts": 8, "intermediate_size": 32},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "sliding_window": None},
+    ),
+    "nemotron_h": Row(
+        sizes={
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "moe"],
+            "head_dim": 32,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "ssm_state_size": 16,
+            "n_routed_experts": 8,
+            "moe_shared_expert_intermediate_size": 48,
+            "routed_scaling_factor": 2.5,
+        },
+        on_the_hub={
+            "layers_block_type": None,
+            "hybrid_override_pattern": "ME*ME",
+            "num_hidden_layers": 5,
+            "time_step_limit": [0.0, float("inf")],
+            "n_shared_experts": 1,
+        },
     ),
     "qwen2_moe": Row(
         sizes={"shared_expert_intermediate_size": 48, "num_key_value_heads": 4},

@@ -147,9 +147,9 @@ def test_second_moments_of_neurons_are_those_of_a_whole_pass(
     for index, layer in enumerate(student.spec.layers):
         experts = moments.layer(index).experts
         for expert in range(layer.n_experts):
-            gate_up = (student.expert(role, index, expert) for role in (Role.EXPERT_GATE, Role.EXPERT_UP))
-            assert experts is not None
-            found = experts.down(expert, *gate_up)
+            assert experts is not None and layer.routed is not None
+            of_inputs = (student.expert(role, index, expert) for role in layer.routed.input_roles)
+            found = experts.down(expert, *of_inputs)
             rows = torch.cat(neurons.rows.get((index, expert), [torch.zeros(0, layer.expert_width)]))
             if found.n_tokens == len(rows) > 0:  # a close call may go otherwise after states were rounded
                 expected = rows.T @ rows / len(rows)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from compressors.model.config.reading import read_spec
-from compressors.model.description.mixers import Mixer, ShortConvolution
+from compressors.model.description.mixers import Mixer, NoMixer, ShortConvolution
 from compressors.model.errors import UnsupportedError
 from compressors.model.files.onnx_names import CACHED, STATES, cache_input
 from compressors.model.running.recorder import RoutingRecorder
@@ -213,6 +213,8 @@ def test_the_report_s_example_runs(written: Path, folder: Path, capsys: pytest.C
 
 
 def _cache_kinds(mixer: Mixer) -> tuple[str, ...]:
+    if isinstance(mixer, NoMixer):
+        return ()
     if isinstance(mixer, ShortConvolution):
         return STATES[:1]
     return STATES if mixer.is_recurrent else CACHED

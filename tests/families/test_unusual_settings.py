@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from compressors.model.config.config_check import check_against_transformers
 from compressors.model.config.reading import read_spec
+from compressors.model.description.gguf_rope import gguf_rope_of
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from exporter.capabilities.rules import Container
@@ -73,6 +74,13 @@ def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
             "does not multiply weights by routed_scaling_factor",
         ),
         ("lfm2_moe", {"head_dim": 32}, "queries as wide as the hidden size; this model has 4 heads of 32 at hidden"),
+        ("granitemoehybrid", {"mamba_expand": 4, "mamba_d_head": 32}, "heads of Mamba-2 that are twice as wide as the"),
+        ("granitemoehybrid", {"mamba_conv_bias": False}, "graph adds a bias behind Mamba-2's convolution"),
+        ("granitemoehybrid", {"mamba_d_conv": 1}, "graph needs a convolution over two tokens or more"),
+        ("granitemoehybrid", {"layer_types": ["attention"] * 4}, "graph needs a layer of Mamba-2, and this model has"),
+        ("nemotron_h", {"use_conv_bias": False}, "graph adds a bias behind Mamba-2's convolution"),
+        ("nemotron_h", {"hybrid_override_pattern": "ME*-E"}, "a block of this model has a dense feed-forward"),
+        ("nemotron_h", {"hybrid_override_pattern": "*EE*E"}, "graph needs a layer of Mamba-2, and this model has none"),
         ("ernie4_5_moe", {"moe_layer_end_index": 1}, "layer 2 of this model has none"),
         ("ernie4_5_moe", {"moe_norm_min": 0.1}, "graph divides weights by their sum from 6.10352e-05 on, this model"),
     ],
@@ -105,15 +113,51 @@ def test_some_layer_must_attend(tmp_path: Path, family: str, changes: dict[str, 
         _read(tmp_path, family, **changes)
 
 
-@pytest.mark.parametrize("kinds", [..., ["conv"] * 4])
-def test_some_layer_must_attend_beside_convolutions(tmp_path: Path, kinds: Any) -> None:
-    with pytest.raises(InputError, match=r"config\.json: layer_types must name layers of full_attention"):
-        _read(tmp_path, "lfm2_moe", layer_types=kinds)
+@pytest.mark.parametrize(
+    ("family", "kinds", "attending"),
+    [
+        ("lfm2_moe", ..., "full_attention"),
+        ("lfm2_moe", ["conv"] * 4, "full_attention"),
+        ("granitemoehybrid", ..., "attention"),
+        ("granitemoehybrid", ["mamba"] * 4, "attention"),
+    ],
+)
+def test_some_layer_must_attend_beside_others(tmp_path: Path, family: str, kinds: Any, attending: str) -> None:
+    with pytest.raises(InputError, match=rf"config\.json: layer_types must name layers of {attending}"):
+        _read(tmp_path, family, layer_types=kinds)
+
+
+@pytest.mark.parametrize("pattern", ["MEMEE", "ME+ME", 5])
+def test_the_pattern_names_blocks_of_which_one_attends(tmp_path: Path, pattern: Any) -> None:
+    with pytest.raises(InputError, match=r"config\.json: hybrid_override_pattern is .*; it must name a kind for each"):
+        _read(tmp_path, "nemotron_h", hybrid_override_pattern=pattern)
+
+
+def test_dense_blocks_beside_blocks_with_experts_are_written_as_onnx(tmp_path: Path) -> None:
+    spec = _read(tmp_path, "nemotron_h", hybrid_override_pattern="ME*-E")
+    assert [layer.feed_forward is None for layer in spec.layers] == [True, False, True, False, False]
+    assert refusal(spec, Container.ONNX) is None
+
+
+def test_heads_of_mamba_2_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="mamba_n_heads 8 times mamba_d_head 24 must be mamba_expand times hidden"):
+        _read(tmp_path, "granitemoehybrid", mamba_d_head=24)
+    with pytest.raises(InputError, match="mamba_n_heads is 8, which mamba_n_groups 3 does not divide"):
+        _read(tmp_path, "granitemoehybrid", mamba_n_groups=3)
+
+
+def test_attention_beside_mamba_2_turns_if_it_is_told_to(tmp_path: Path) -> None:
+    spec = _read(tmp_path, "granitemoehybrid", position_embedding_type="rope", rope_theta=5e5)
+    assert spec.rope is not None and spec.rope.theta == 5e5
+    assert gguf_rope_of(spec).keys["rope.scaling.finetuned"] is True
+    spec = _read(tmp_path, "granitemoehybrid", position_embedding_type=None)
+    assert spec.rope is None and gguf_rope_of(spec).keys == {"rope.scaling.finetuned": False}
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
+        ("nemotron_h", {"hybrid_override_pattern": "M*-M-"}, "hybrid_override_pattern leaves none of the 5 layers"),
         ("ernie4_5_moe", {"moe_layer_start_index": 3}, "moe_layer_end_index leaves none of the 3 layers"),
         ("lfm2_moe", {"num_dense_layers": 4}, "num_dense_layers leaves none of the 4 layers"),
     ],
@@ -136,6 +180,14 @@ def test_some_layer_must_have_experts(tmp_path: Path, family: str, changes: dict
         ("qwen3_next", {"layer_types": [_RECURRENT, _ATTENDING] * 2, "full_attention_interval": None}),
         ("ernie4_5_moe", {"moe_layer_end_index": 2}),
         ("hunyuan_v1_moe", {"moe_topk": 2, "head_dim": 128, "moe_intermediate_size": ..., "num_shared_expert": ...}),
+        ("granitemoehybrid", {"layer_types": [_RECURRENT, _ATTENDING] * 2, "mamba_d_head": "auto"}),
+        ("granitemoehybrid", {"time_step_limit": [0.0, {"__float__": "Infinity"}], "mamba_chunk_size": 64}),
+        (
+            "nemotron_h",
+            {"hybrid_override_pattern": ..., "layers_block_type": ["mamba", "moe", "attention", "mamba", "moe"]},
+        ),
+        ("nemotron_h", {"num_hidden_layers": 7, "time_step_min": 0.01, "intermediate_size": 3, "expand": 3}),
+        ("nemotron_h", {"n_shared_experts": 2, "chunk_size": 64, "num_nextn_predict_layers": 1}),
         ("lfm2_moe", {"num_local_experts": 4, "tie_embedding": ..., "num_dense_layers": 1}),
         ("minimax_m2", {"rotary_dim": ..., "partial_rotary_factor": 0.5}),
         ("ernie4_5_moe", {"num_experts": 8, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 1}),
@@ -154,6 +206,15 @@ def test_what_transformers_ignores_changes_nothing(tmp_path: Path, family: str, 
         ("ernie4_5_moe", {"sliding_window": 16}, r"sliding_window is 16; .* only with None"),
         ("ernie4_5_moe", {"moe_layer_interval": 2}, r"moe_layer_interval is 2; .* only with 1"),
         ("lfm2_moe", {"conv_bias": True}, r"conv_bias is True; .* only with False"),
+        (
+            "granitemoehybrid",
+            {"time_step_limit": [0.001, float("inf")]},
+            "without limits of the steps of Mamba-2's heads",
+        ),
+        ("granitemoehybrid", {"mamba_proj_bias": True}, r"mamba_proj_bias is True; .* only with False"),
+        ("nemotron_h", {"moe_latent_size": 32}, r"moe_latent_size is 32; .* only with None"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, r"mlp_hidden_act is 'silu'; .* only with 'relu2'"),
+        ("nemotron_h", {"time_step_limit": [0.001, float("inf")]}, "without limits of the steps of Mamba-2's heads"),
         ("minimax_m2", {"sliding_window": 16}, r"sliding_window is 16; .* only with None"),
         ("minimax_m2", {"use_qk_norm": False}, r"use_qk_norm is False; .* only with True"),
         (

@@ -206,7 +206,7 @@ def _table_length(graph: onnx.GraphProto, spec: ModelSpec) -> int | None:
         if place is not None and len(node.input) > place:
             names.append(node.input[place])
     length = next((lengths[name] for name in names if name in lengths), None)
-    short = spec.rope.switches_after
+    short = None if spec.rope is None else spec.rope.switches_after
     return length - short if length is not None and short is not None and length > short else length
 
 

@@ -18,24 +18,23 @@ import onnx
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, ShortConvolution
-from compressors.model.description.onnx_cache import Attention, cache_heads
+from compressors.model.description.mixers import GroupedQuery, Latent, NoMixer
+from compressors.model.description.onnx_cache import Attention, WithStates, cache_heads
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_graph import external_place
-from compressors.model.files.onnx_names import IN_FLOAT32, ROTARY_COSINE, ROTARY_SINE
+from compressors.model.files.onnx_names import IN_FLOAT32, RELU_ALPHA, ROTARY_COSINE, ROTARY_SINE
 from compressors.model.sources.onnx_weights import row_lengths
+from validate.files.graph_places import ATTENTION, EXPERTS, Places
 from validate.files.own_graph_settings import PRODUCER, AllowedValues, own_attributes, own_constant_symptoms
-from validate.files.recurrent_graph_settings import RECURRENT, recurrent_attributes, state_operators
+from validate.files.recurrent_graph_settings import RECURRENT, recurrent_attributes
 
 __all__ = ["graph_setting_symptoms", "rotary_symptoms"]
 
-_ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
-_EXPERTS = ("MoE", "QMoE")
-_KNOWN = (*_ATTENTION, *_NORMS, *_EXPERTS, *RECURRENT)  # all their attributes are
+_KNOWN = (*ATTENTION, *_NORMS, *EXPERTS, *RECURRENT)  # all their attributes are
 _VECTOR_INPUTS: Mapping[str, Mapping[int, Role]] = {
     "GroupQueryAttention": {11: Role.SINKS},
     "MoE": {3: Role.EXPERT_GATE_UP_BIAS, 5: Role.EXPERT_DOWN_BIAS},
@@ -56,11 +55,11 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
     model = onnx.load(path, load_external_data=False)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     symptoms: dict[str, list[str]] = {}  # each fault, with its nodes
-    layer, counted = -1, (*_ATTENTION, *state_operators(spec))
+    places = Places(spec)
     for node, is_inside in _nodes(model.graph):
-        layer += node.op_type in counted and not is_inside
+        layer = places.of(node, is_inside)
         found = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-        allowed = _allowed(node, spec, max(layer, 0), weights)
+        allowed = _allowed(node, spec, layer, weights)
         if model.producer_name == PRODUCER:
             allowed |= own_attributes(node, spec)
         for name, values in allowed.items():
@@ -72,7 +71,7 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
             elif name not in found and None not in values:
                 sentence = f"{node.op_type} {name}: absent in the graph, the model's is {_shown(values[0])}"
                 symptoms.setdefault(sentence, []).append(node.output[0])
-        for sentence in _input_symptoms(node, spec.layers[max(layer, 0)]):
+        for sentence in _input_symptoms(node, spec.layers[layer]):
             symptoms.setdefault(sentence, []).append(node.output[0])
         for name in found.keys() - allowed.keys() - _HARMLESS if node.op_type in _KNOWN else ():
             symptoms.setdefault(f"{node.op_type} {name}: the model has no such setting", []).append(node.output[0])
@@ -101,7 +100,7 @@ def _input_symptoms(node: onnx.NodeProto, layer: LayerSpec) -> Iterator[str]:
 
 def _unknown_mixers(spec: ModelSpec) -> Iterator[str]:
     for index, layer in enumerate(spec.layers):
-        if not isinstance(layer.mixer, (GroupedQuery, Latent, GatedDelta, ShortConvolution)):
+        if not isinstance(layer.mixer, Attention | WithStates | NoMixer):
             yield f"layer {index}: {type(layer.mixer).__name__} is no mixer whose attributes can be checked in a graph"
 
 
@@ -113,11 +112,11 @@ def _allowed(
     if kind in _NORMS:
         axis: AllowedValues = {} if kind.startswith("Skip") else {"axis": (-1, None)}
         return axis | {"epsilon": _epsilons(node, spec, weights)}
-    if kind in _ATTENTION:
+    if kind in ATTENTION:
         return _attention(node, spec, layer)
     if kind in RECURRENT:
         return recurrent_attributes(node, spec, layer)
-    if kind in _EXPERTS:
+    if kind in EXPERTS:
         return _experts(node, spec.layers[layer], weights)
     if kind == "RotaryEmbedding":
         return _rotary_embedding(spec)
@@ -180,10 +179,10 @@ def _rotary_embedding(spec: ModelSpec) -> AllowedValues:
     mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention)]
     counts = {number for mixer in mixers for number in (mixer.n_heads, cache_heads(mixer).number)}
     return {
-        "interleaved": (1,) if spec.rope.interleaved else (0, None),
+        "interleaved": (1,) if spec.rope is not None and spec.rope.interleaved else (0, None),
         "scale": (1.0, None),
         "num_heads": (*sorted(counts), 0, None),
-        "rotary_embedding_dim": (spec.rope.width, 0, None),
+        "rotary_embedding_dim": (0 if spec.rope is None else spec.rope.width, 0, None),
         "is_packed_batching": (0, None),
     }
 
@@ -230,10 +229,11 @@ def _normalization(node: onnx.NodeProto, routed: Routed) -> tuple[Any, ...]:
 
 def _glu(glu: Glu) -> AllowedValues:
     """The right values for the function; an activation that the operators lack matches no attribute's value."""
-    is_swiglu = glu.is_gated and glu.activation is Activation.SILU
+    is_relu_squared = not glu.is_gated and glu.activation is Activation.RELU_SQUARED
+    is_swiglu = is_relu_squared or (glu.is_gated and glu.activation is Activation.SILU)
     return {
         "activation_type": (b"swiglu", b"silu") if is_swiglu else (glu.activation.encode(),),
-        "activation_alpha": (glu.alpha,),
+        "activation_alpha": (RELU_ALPHA if is_relu_squared else glu.alpha,),
         "activation_beta": (glu.offset, *(() if glu.offset else (None,))),
         "swiglu_limit": (math.inf, None) if glu.limit is None else (glu.limit,),
     }
@@ -298,11 +298,11 @@ def _table_symptoms(
 ) -> Iterator[str]:
     """Checks every table of cosines and of sines that a node rotates with."""
     places = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
-    tables: dict[str, tuple[bool, Rope]] = {}  # name -> True if it holds sines, and the embedding of the first layer
-    layer = -1
+    # name -> True if it holds sines, and the embedding of the first layer that uses it
+    tables: dict[str, tuple[bool, Rope | None]] = {}
+    layers = Places(spec)
     for node in graph.node:
-        layer += node.op_type in (*_ATTENTION, *state_operators(spec))
-        rope = spec.layers[min(max(layer, 0), spec.n_layers - 1)].mixer.rope or spec.rope
+        rope = spec.layers[layers.of(node, is_inside=False)].mixer.rope or spec.rope
         for is_sine, place in enumerate(places.get(node.op_type, ())):
             if len(node.input) > place and node.input[place] in weights:
                 tables.setdefault(node.input[place], (bool(is_sine), rope))
@@ -313,6 +313,9 @@ def _table_symptoms(
     for name, (is_sine, rope) in tables.items():
         if len(weights[name].dims) != 2 or weights[name].data_type not in _TABLE_TYPES:
             yield f"table {name} is no matrix of floating point numbers"
+            continue
+        if rope is None:
+            yield f"table {name}: the model turns nothing"
             continue
         n_rows = weights[name].dims[0]
         yield from rotary_symptoms(name, _pieces(weights[name], folder), n_rows, rope, is_sine=is_sine)

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mixer, ShortConvolution
-from compressors.model.description.onnx_cache import Attention, cache_heads
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, Mixer
+from compressors.model.description.onnx_cache import Attention, WithStates, cache_heads
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_names import (
     BY_EXPERT,
@@ -70,6 +70,13 @@ _FILLED = {"not_chosen": -1e4, "shut": -math.inf, "open": 0.0}
 
 _DELTA = "delta"
 """Follows the layer in the names of a gated delta rule's values."""
+_MAMBA = "mamba"
+"""The same of Mamba-2."""
+_SHORT = "short"
+"""The same of a short convolution."""
+
+_SHARED = ("shared", "shared.ungated")
+"""The names of a shared expert's values, behind the layer's."""
 
 _CONSTANTS: Mapping[str, Any] = {
     "zero": 0,
@@ -110,7 +117,7 @@ def own_attributes(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
         allowed["allowzero"] = (0, None)
     if output == "mask.shape":
         allowed |= {"start": (0, None), "end": (None,)}
-    of_mixers = _of_latent_attention(node, spec) | _of_convolution(node, spec) | _of_gated_delta(node, spec)
+    of_mixers = _of_latent_attention(node, spec) | _of_convolution(node, spec) | _of_state(node, spec)
     return allowed | _of_our_routing(node) | of_mixers
 
 
@@ -138,7 +145,7 @@ def _mixer(output: str, spec: ModelSpec) -> Mixer | None:
 
 
 def _of_convolution(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
-    if not isinstance(_mixer(node.output[0], spec), (GatedDelta, ShortConvolution)):
+    if not isinstance(_mixer(node.output[0], spec), WithStates):
         return {}
     if node.op_type == "Concat" and node.output[0].endswith(".inputs.seen"):
         return {"axis": (1,)}
@@ -150,16 +157,17 @@ def _of_convolution(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
     return of_operators.get(node.op_type, {})
 
 
-def _of_gated_delta(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
+def _of_state(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
     output, mixer = node.output[0], _mixer(node.output[0], spec)
-    if not isinstance(mixer, GatedDelta):
+    if not isinstance(mixer, (GatedDelta, Mamba2)):
         return {}
-    if node.op_type == "RMSNormalization" and output.endswith(".of_length_1"):
-        return {"axis": (-1,), "epsilon": (mixer.key_epsilon / mixer.key_dim,)}
+    n_queries, scale = (mixer.n_groups, 1.0) if isinstance(mixer, Mamba2) else (mixer.n_key_heads, mixer.scale)
     of_operators: Mapping[str, AllowedValues] = {
         "Gather": {"axis": (2,)},
-        "LinearAttention": {"q_num_heads": (mixer.n_key_heads,), "scale": (mixer.scale,)},
+        "LinearAttention": {"q_num_heads": (n_queries,), "scale": (scale,)},
     }
+    if node.op_type == "RMSNormalization" and isinstance(mixer, GatedDelta) and output.endswith(".of_length_1"):
+        return {"axis": (-1,), "epsilon": (mixer.key_epsilon / mixer.key_dim,)}
     return of_operators.get(node.op_type, {})
 
 
@@ -220,11 +228,18 @@ def _constants_of(layer: LayerSpec) -> Mapping[str, Any]:
 
 
 def _constants_of_mixer(mixer: Mixer) -> dict[str, Any]:
-    if isinstance(mixer, GatedDelta):
-        return _constants_of_convolution(mixer) | _constants_of_gated_delta(mixer)
-    if isinstance(mixer, ShortConvolution):
-        return _constants_of_convolution(mixer) | {"split.short.projected.parts": [mixer.channels] * 3}
+    if isinstance(mixer, WithStates):
+        numbers = [[number] for number in range(mixer.kernel - 1)]
+        return {f"convolution.last_{mixer.kernel - 1}": numbers} | _constants_of_states(mixer)
     return _constants_of_attention(mixer) if isinstance(mixer, Attention) else {}
+
+
+def _constants_of_states(mixer: WithStates) -> dict[str, Any]:
+    if isinstance(mixer, GatedDelta):
+        return _constants_of_gated_delta(mixer)
+    if isinstance(mixer, Mamba2):
+        return _constants_of_mamba2(mixer)
+    return {f"split.{_SHORT}.projected.parts": [mixer.channels] * 3}
 
 
 def _constants_of_attention(mixer: GroupedQuery | Latent) -> dict[str, Any]:
@@ -250,10 +265,6 @@ def _constants_of_latent(mixer: Latent) -> dict[str, Any]:
     }
 
 
-def _constants_of_convolution(mixer: GatedDelta | ShortConvolution) -> dict[str, Any]:
-    return {f"convolution.last_{mixer.kernel - 1}": [[number] for number in range(mixer.kernel - 1)]}
-
-
 def _constants_of_gated_delta(mixer: GatedDelta) -> dict[str, Any]:
     n_heads, width = mixer.n_key_heads, mixer.key_dim
     values_each, heads_each = mixer.width // n_heads, mixer.n_value_heads // n_heads
@@ -269,12 +280,28 @@ def _constants_of_gated_delta(mixer: GatedDelta) -> dict[str, Any]:
     }
 
 
+def _constants_of_mamba2(mixer: Mamba2) -> dict[str, Any]:
+    of_keys, heads_each = mixer.n_groups * mixer.key_dim, mixer.n_heads // mixer.n_groups
+    return {
+        "axis.last": [-1],
+        "shape.by_group": [0, 0, mixer.n_groups, -1],
+        "shape.by_head": [0, 0, mixer.n_heads, -1],
+        "shape.side_by_side": [0, 0, -1],
+        f"{_MAMBA}.group_of_head": [group for group in range(mixer.n_groups) for _ in range(heads_each)],
+        f"{_MAMBA}.unit_scales": [1.0] * (mixer.width // mixer.n_groups),
+        f"split.{_MAMBA}.projected.parts": [mixer.width, mixer.channels, mixer.n_heads],
+        f"split.{_MAMBA}.convolved.parts": [mixer.width, of_keys, of_keys],
+    }
+
+
 def _constants_of_glu(layer: LayerSpec) -> dict[str, Any]:
     if layer.feed_forward is None:
         return {}
     glu = layer.feed_forward.glu
     limits = {} if glu.limit is None else {"glu.low": -glu.limit, "glu.high": glu.limit}
-    return limits | {"glu.alpha": glu.alpha, "glu.offset": glu.offset}
+    shared = None if layer.routed is None else layer.routed.shared
+    halves = {} if shared is None else {f"split.{name}.gate_up.parts": [shared.width] * 2 for name in _SHARED}
+    return limits | halves | {"glu.alpha": glu.alpha, "glu.offset": glu.offset}
 
 
 def _constants_of_routing(layer: LayerSpec) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from compressors.model.description.mixers import GatedDelta, ShortConvolution
+from compressors.model.description.mixers import GatedDelta, Mamba2, ShortConvolution
 from compressors.model.description.spec import ModelSpec
 from validate.files.own_graph_settings import AllowedValues
 
@@ -41,6 +41,14 @@ def recurrent_attributes(node: onnx.NodeProto, spec: ModelSpec, layer: int) -> A
     if node.op_type == "GatedRMSNorm":
         return {"activation": (*_SILU, None), "epsilon": (spec.rms_norm_eps,)}
     mixer = spec.layers[layer].mixer
+    if isinstance(mixer, Mamba2):
+        return {
+            "q_num_heads": (mixer.n_groups, mixer.n_heads),
+            "kv_num_heads": (mixer.n_heads,),
+            "scale": (1.0,),
+            "update_rule": (b"gated",),
+            "state_window": (0, None),
+        }
     if not isinstance(mixer, GatedDelta):
         return {"update_rule": ()}  # the layer has no state
     return {

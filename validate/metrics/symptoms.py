@@ -30,12 +30,13 @@ _DIVERGES, _TOKENS = 5.0, 20  # an expert's divergence relative to the others', 
 
 def setting_symptoms(facts: FileFacts, spec: ModelSpec) -> list[str]:
     """Lists settings of the file that are not the model's."""
-    is_plain = [rope.kind for rope in spec.ropes] == [RopeKind.DEFAULT]  # a scaled table does not show its base
+    is_plain = [rope.kind for rope in spec.ropes] == [RopeKind.DEFAULT]
+    rope = spec.rope if is_plain else None
     settings = (
         (
             "rope base (position-dependent: every rotation is another)",
-            facts.rope_base if is_plain else None,
-            spec.rope.theta,
+            None if rope is None else facts.rope_base,  # a scaled table does not show its base
+            1.0 if rope is None else rope.theta,
         ),
         ("epsilon of the norms", facts.rms_norm_eps, spec.rms_norm_eps),
         ("number of experts per token", facts.top_k, min(spec.top_k, facts.n_experts or spec.top_k)),

@@ -56,7 +56,7 @@ class _TensorHead(ctypes.Structure):
 # names that build_moe_ffn (src/llama-graph.cpp) and the models' graphs (src/models) give to a layer's nodes
 _LOGITS, _BIASED, _EXPERTS = "ffn_moe_logits", "ffn_moe_logits_biased", "ffn_moe_topk"
 _NORMED = "normed by the router"
-_INPUTS = ("attn_post_norm", "post_attn_norm", "ffn_norm", "model.layers.{}.ffn_out", _NORMED)
+_INPUTS = ("attn_norm", "attn_post_norm", "post_attn_norm", "ffn_norm", "model.layers.{}.ffn_out", _NORMED)
 """The names of a router's input; in a layer with several of these nodes it is the last one.
 
 The node that a router's own norm makes has no name, and is known by the scales in it.

@@ -24,7 +24,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from compressors.model.errors import InputError, MoeExportError
-from compressors.model.files.onnx_names import continued_cache
+from compressors.model.files.onnx_names import cached_layer, continued_cache
 from compressors.model.files.tokenizer_files import read_tokenizer_json
 from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord
 from validate.files.onnx_files import onnx_model_file
@@ -78,7 +78,9 @@ class OnnxRuntimeBackend:
         self._session = _open_session(self._path, str(self._path), threads, self._providers)
         check_decoder(self._path, self._session)
         self._moe_nodes: tuple[MoeNode, ...] | None = None  # known when the session shows their router logits
-        self._n_layers = len({name.rpartition(".")[0] for name in cache_shapes(self._session)})
+        caches = cache_shapes(self._session)
+        self._n_cached = len({name.rpartition(".")[0] for name in caches})
+        self._n_layers = max([self._n_cached, *(cached_layer(name) + 1 for name in caches)])
 
     @property
     def runtime(self) -> str:
@@ -142,7 +144,8 @@ class OnnxRuntimeBackend:
             shown: the nodes, each with the values that its routing is computed from.
             n_tokens: the number of tokens of these values.
         """
-        size = (self._n_layers, n_tokens, max(node.top_k for node, _ in shown))
+        n_layers = max(self._n_layers, *(node.layer + 1 for node, _ in shown))
+        size = (n_layers, n_tokens, max(node.top_k for node, _ in shown))
         experts_LTK = np.full(size, NO_EXPERT, dtype=np.int32)
         weights_LTK = np.zeros(size, dtype=np.float32)
         margins_LT = np.full(size[:2], np.inf, dtype=np.float32)
@@ -207,9 +210,9 @@ class OnnxRuntimeBackend:
         found = tuple(moe_nodes(model.graph))
         if not found:
             return ()
-        if any(not 0 <= node.layer < self._n_layers for node in found):
+        if any(node.layer < 0 or node.n_mixers > self._n_cached for node in found):
             raise InputError(
-                f"{self._path} has caches of {self._n_layers} layers, but MoE and attention operators of a different "
+                f"{self._path} has caches of {self._n_cached} layers, but MoE and attention operators of a different "
                 "number; export it again"
             )
         # has the type that the runtime infers

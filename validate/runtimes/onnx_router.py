@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class MoeNode:
 
     Attributes:
         layer: the decoder layer.
+        n_mixers: the number of operators before it that attend or carry a state.
         states: name of the value that the router reads too: [batch, sequence, hidden size].
         router_logits: name of the value that the operator takes, [tokens, experts].
         selection_scores: name of the value whose largest entries decide which experts get logits above the lowest,
@@ -44,6 +46,7 @@ class MoeNode:
     """
 
     layer: int
+    n_mixers: int
     states: str
     router_logits: str
     selection_scores: str
@@ -97,6 +100,7 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
     """The MoE operators of a graph, and the experts that nodes of our graphs compute.
 
     Nodes are in the order in which they run: a layer's experts come after its attention, its state or its convolution.
+    In our own graphs names tell the layer, which may have none of these.
     """
     layer, links, mixing = -1, _Links(graph), _mixing_operators(graph)
     for node in graph.node:
@@ -113,7 +117,17 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
             states, logits = node.input[0], node.input[_ROUTER_INPUT]
             factor, number = links.factor_of(node.output[0])
             scores = links.scores_behind(logits)
-            yield MoeNode(layer, states, logits, scores, factor, number, attributes.get("k", 1), normalizes)
+            index, top_k = _layer_of(node, layer), attributes.get("k", 1)
+            yield MoeNode(index, layer + 1, states, logits, scores, factor, number, top_k, normalizes)
+
+
+_OUR_LAYER = re.compile(r"layers\.(\d{1,4})\.")
+
+
+def _layer_of(node: onnx.NodeProto, last_mixer: int) -> int:
+    """The layer that a node of our own graphs names; in others, that of the last mixer."""
+    named = _OUR_LAYER.match(node.output[0])
+    return last_mixer if named is None else int(named[1])
 
 
 def _mixing_operators(graph: onnx.GraphProto) -> tuple[str, ...]:
@@ -141,7 +155,7 @@ class _Links:
         maker = self._makers.get(mixing)
         return maker is not None and maker.op_type == "Softmax" and maker.input[0] == node.input[_ROUTER_INPUT]
 
-    def choice_of(self, node: onnx.NodeProto, layer: int) -> MoeNode:
+    def choice_of(self, node: onnx.NodeProto, last_mixer: int) -> MoeNode:
         """The experts of a layer that nodes compute; ``node`` chooses them by their logits."""
         logits, count = node.input
         router = self._makers[logits]
@@ -149,7 +163,8 @@ class _Links:
             router = self._makers[next(name for name in router.input if name in self._makers)]
         top_k = int(onnx.numpy_helper.to_array(self._constants[count])[0])
         weights = node.output[0].removesuffix(CHOSEN_LOGITS) + CHOSEN_WEIGHTS
-        return MoeNode(layer, router.input[0], logits, logits, None, 1.0, top_k, True, weights)
+        layer = _layer_of(node, last_mixer)
+        return MoeNode(layer, last_mixer + 1, router.input[0], logits, logits, None, 1.0, top_k, True, weights)
 
     def scores_behind(self, logits: str) -> str:
         """The values by which TopK chose experts, if only the chosen ones' logits are scattered over the lowest."""

@@ -89,6 +89,8 @@ def _readings(config: Any, settings: Settings, spec: ModelSpec) -> Iterator[tupl
     windows = _windows(config, spec, by_kind="layer_types" in settings.values)
     ours = tuple(layer.mixer.window for layer in spec.layers)
     yield "sliding_window", *((ours, windows) if len({*ours, *windows}) > 1 else (ours[0], windows[0]))
+    if spec.rope is None:
+        return
     if _has_kinds(config.rope_parameters):
         by_layer = (layer.mixer.rope for layer in spec.layers)
         ropes = {(kind, rope) for kind, rope in zip(config.layer_types, by_layer, strict=True) if rope is not None}

@@ -82,8 +82,10 @@ class FamilySettings:
             UnsupportedError: the list has other kinds, or another length than there are layers.
         """
         found: list[str] | None = self.settings.get(key)
+        if found is None:
+            return None
         n_layers = self.count("num_hidden_layers")
-        if found is not None and not _are_kinds(found, kinds, n_layers):
+        if not _are_kinds(found, kinds, n_layers):
             raise UnsupportedError(
                 f"{self.settings.named(key)} must name {' or '.join(kinds)} for each of the {n_layers} layers of "
                 f"num_hidden_layers, not {shown(found)}"

@@ -9,7 +9,6 @@ transformers' configurations are not used for it, because every process that ope
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,4 +130,13 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
     model_type = config["model_type"]
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"it does not know the model type {shown(model_type)}: pip install --upgrade transformers")
-    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config))).get_text_config()
+    return CONFIG_MAPPING[model_type].from_dict(_with_numbers(dict(config))).get_text_config()
+
+
+def _with_numbers(value: Any) -> Any:
+    """A copy in which a number that JSON has not, such as ``{"__float__": "Infinity"}``, is one."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_numbers(entry) for key, entry in value.items()}
+    return [_with_numbers(entry) for entry in value] if isinstance(value, list) else value

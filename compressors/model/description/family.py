@@ -39,6 +39,8 @@ class GgufFamily:
         absent: gives the values that llama.cpp takes for keys that a file leaves out, where they are the family's own.
         settings: makes settings of ``config.json`` of the keys of a file, the inverse of ``keys``; None where the file
             is of another family with this architecture. Without the function no file is read.
+        switches_rope: a key tells its graph whether queries and keys are turned.
+        mixes_layers: its graph takes layers with experts and layers without in any order.
     """
 
     architecture: str
@@ -48,6 +50,8 @@ class GgufFamily:
     scales_attention: bool = False
     absent: Callable[[ModelSpec], Mapping[str, GgufValue]] = lambda _spec: {}
     settings: Callable[[GgufKeys], ConfigValues | None] | None = None
+    switches_rope: bool = False
+    mixes_layers: bool = False
 
 
 @dataclass(frozen=True)

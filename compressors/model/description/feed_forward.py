@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from compressors.model.description.glu import SWIGLU, Glu
+from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing
 
 __all__ = ["Dense", "FeedForward", "LostModule", "Routed", "Shared"]
@@ -92,6 +93,16 @@ class Routed:
             raise ValueError("the routing adds no selection bias, but the name of one is given")
         if self.expert_scale is not None and not self.routing.has_expert_scale:
             raise ValueError("the routing has no scale of each expert, but the name of one is given")
+
+    @property
+    def input_roles(self) -> tuple[Role, ...]:
+        """The roles of the matrices that an expert's input is multiplied with: gate and up, or up alone."""
+        return (Role.EXPERT_GATE, Role.EXPERT_UP) if self.glu.is_gated else (Role.EXPERT_UP,)
+
+    @property
+    def input_rows(self) -> int:
+        """The rows of these matrices together."""
+        return len(self.input_roles) * self.width
 
     @property
     def sizes(self) -> Mapping[str, int]:

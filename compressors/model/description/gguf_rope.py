@@ -27,6 +27,7 @@ PLAIN_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
     "rope_factors_long.weight",
     "rope_factors_short.weight",
 )
+_SWITCH = "rope.scaling.finetuned"
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # constants of llama.cpp's graphs
 _STILL = 1e30  # llama.cpp's converter divides by it where a pair is not turned
 _SAME = 1e-5  # relative; llama.cpp computes its frequencies in float32, by repeated multiplication
@@ -44,9 +45,13 @@ def gguf_rope_of(spec: ModelSpec) -> GgufRope:
     """Returns the keys and tensors that a model's file needs, as :func:`gguf_rope` does.
 
     Where layers differ, these are for layers that reach back over all tokens, and the others must need none: llama.cpp
-    knows another base for them (``rope.freq_base_swa``), and nothing more.
+    knows another base for them (``rope.freq_base_swa``), and nothing more. Where no layer turns anything, only a switch
+    is needed, which some architectures have.
     """
     gguf = spec.written.family.gguf
+    switch = {_SWITCH: bool(spec.ropes)} if gguf.switches_rope else {}
+    if not spec.ropes:
+        return GgufRope(switch)
     main, *others = (
         gguf_rope(
             rope,
@@ -62,7 +67,7 @@ def gguf_rope_of(spec: ModelSpec) -> GgufRope:
             f"llama.cpp's {gguf.architecture} graph cannot turn by the angles of rope_type {kinds} in layers of "
             "different kinds, which the model was trained with: it cannot be written as GGUF"
         )
-    return main
+    return replace(main, keys={**switch, **main.keys})
 
 
 def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool, scales_attention: bool = False) -> GgufRope:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, ShortConvolution
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, ShortConvolution
 
-__all__ = ["Attention", "CacheHeads", "cache_heads", "state_shapes"]
+__all__ = ["Attention", "CacheHeads", "WithStates", "cache_heads", "state_shapes"]
 
 Attention = GroupedQuery | Latent
 """The mixers with such caches."""
+
+WithStates = GatedDelta | Mamba2 | ShortConvolution
+"""The mixers with states."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def cache_heads(mixer: Attention) -> CacheHeads:
     return CacheHeads(mixer.n_kv_heads, mixer.head_dim)
 
 
-def state_shapes(mixer: GatedDelta | ShortConvolution) -> tuple[tuple[int, ...], ...]:
+def state_shapes(mixer: WithStates) -> tuple[tuple[int, ...], ...]:
     """The sizes of the states of a text: the convolution's last inputs by channel, and a matrix for each value head.
 
     They are those that onnxruntime-genai expects. A short convolution has no other state than its last inputs.
@@ -45,4 +48,6 @@ def state_shapes(mixer: GatedDelta | ShortConvolution) -> tuple[tuple[int, ...],
     convolution = (mixer.channels, mixer.kernel - 1)
     if isinstance(mixer, ShortConvolution):
         return (convolution,)
+    if isinstance(mixer, Mamba2):
+        return convolution, (mixer.n_heads, mixer.key_dim, mixer.head_dim)
     return convolution, (mixer.n_value_heads, mixer.key_dim, mixer.value_dim)

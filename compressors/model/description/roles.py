@@ -36,15 +36,18 @@ class Role(StrEnum):
     SINKS = "attention sinks"  # [H]: one more logit of each head, which takes a share of the attention and adds nothing
     QUERY_NORM = "query norm"  # see QkNorm
     KEY_NORM = "key norm"
-    MIXER_INPUT = "mixer's input"  # of a gated delta rule [X, D], with its gates [M, D]; of a short convolution [3X, D]
+    MIXER_INPUT = "mixer's input"  # of a gated delta rule [X, D], with its gates [M, D]; of Mamba-2 [M, D]
+    # of a short convolution [3X, D]
     MIXER_GATE = "mixer's gate"  # [Y, D]
     MIXER_BETA_ALPHA = "mixer's strength and decay"  # both of the following in one, by key head: [B, D]
     MIXER_BETA = "mixer's strength"  # [N, D]
     MIXER_ALPHA = "mixer's decay"  # [N, D]
     CONVOLUTION = "convolution"  # [X, 1, W]
+    CONVOLUTION_BIAS = "bias of the convolution"  # [X]
     DECAY_LOGARITHM = "logarithm of the decay"  # [N]
     DECAY_BIAS = "bias of the decay"  # [N]
-    MIXER_NORM = "mixer's norm"  # [v]
+    MIXER_SKIP = "mixer's skip"  # [N]: factors of the values that go past the states
+    MIXER_NORM = "mixer's norm"  # [v], of Mamba-2 [Y]
     MIXER_OUTPUT = "mixer's output"  # [D, Y], of a short convolution [D, X]
     MOE_NORM = "MoE norm"  # [D], in front of any feed-forward
     MOE_OUTPUT_NORM = "MoE output norm"  # [D], of what any feed-forward adds to the hidden state
@@ -61,6 +64,7 @@ class Role(StrEnum):
     EXPERTS_OUTPUT_NORM = "experts' output norm"  # [D], of the sum of the routed experts alone
     SHARED_NORM = "shared expert's norm"  # [D], in front of it, where MOE_NORM is in front of the routed experts alone
     SHARED_ROUTER = "shared expert's router"  # [1, D]
+    SHARED_GATE_UP = "shared expert's gate and up"  # both of the following in one: [2S, D]
     SHARED_GATE = "shared expert's gate"  # [S, D]
     SHARED_UP = "shared expert's up"  # [S, D]
     SHARED_DOWN = "shared expert's down"  # [D, S]
@@ -102,6 +106,7 @@ _FEED_FORWARD_ROLES = _EXPERT_ROLES | {
     Role.EXPERTS_OUTPUT_NORM,
     Role.SHARED_NORM,
     Role.SHARED_ROUTER,
+    Role.SHARED_GATE_UP,
     Role.SHARED_GATE,
     Role.SHARED_UP,
     Role.SHARED_DOWN,

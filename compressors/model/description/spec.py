@@ -19,6 +19,8 @@ In the shapes of tensors letters stand for these sizes; each mixer's ``sizes`` h
     K, Y  values of all keys, of all values                      X  channels of the convolution    W  its kernel
     M  X and the gates      B  a strength and a decay for each value head
     r  values of a key head's value heads
+    in Mamba-2 the same, but:
+    N  heads                G  groups of heads with keys in common     g  values of a group     M  X, gates and steps
     in a short convolution:
     X  channels             W  its kernel
 """
@@ -61,7 +63,7 @@ class LayerSpec:
 
     Attributes:
         mixer: the part that lets positions look at earlier ones.
-        feed_forward: the part that follows the mixer; None: the layer has lost it.
+        feed_forward: the part that follows the mixer; None: the layer has lost it, or never had one.
         hidden_size: D.
         tensors: all tensors of the layer, in the order of their roles; one that each expert has stands here once.
         lost_modules: modules of transformers' layer that it has lost.
@@ -105,6 +107,11 @@ class LayerSpec:
     def expert_width(self) -> int:
         """Neurons of each expert; 0 if it has none."""
         return self.moe.expert_width
+
+    @property
+    def expert_input_rows(self) -> int:
+        """The rows of the matrices that an expert's input is multiplied with; 0 if it has none."""
+        return 0 if self.routed is None else self.routed.input_rows
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -241,9 +248,9 @@ class ModelSpec:
         return tuple(dict.fromkeys(rope for layer in unlimited_first if (rope := layer.mixer.rope) is not None))
 
     @property
-    def rope(self) -> Rope:
-        """The first of :attr:`ropes`; most models have no other."""
-        return self.ropes[0]
+    def rope(self) -> Rope | None:
+        """The first of :attr:`ropes`; most models have no other. None: no layer turns anything."""
+        return next(iter(self.ropes), None)
 
     @property
     def window(self) -> int | None:
@@ -255,7 +262,7 @@ class ModelSpec:
     def is_uniform(self) -> bool:
         """True if no layer has lost its feed-forward, and all layers with experts have equal numbers and widths."""
         sizes = {layer.moe for layer in self.layers if layer.routed is not None}
-        return len(sizes) == 1 and all(layer.feed_forward is not None for layer in self.layers)
+        return len(sizes) == 1 and not any(layer.lost_modules for layer in self.layers)
 
     def with_sizes(self, sizes: Sequence[MoeSize], sources: Sequence[int] | None = None) -> ModelSpec:
         """The model with experts of other sizes.

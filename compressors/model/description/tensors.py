@@ -151,7 +151,7 @@ class TensorSpec:
     @property
     def in_layer(self) -> str:
         """Its name inside transformers' decoder layer."""
-        return self.name.removeprefix(_LAYER_PREFIX) if self.module is None else self.module
+        return self.name.rpartition(_LAYERS)[2] if self.module is None else self.module
 
     @property
     def submodule(self) -> str:
@@ -164,4 +164,4 @@ class TensorSpec:
         return self.role if self.shares_input_of is None else self.shares_input_of
 
 
-_LAYER_PREFIX = "model.layers.{layer}."
+_LAYERS = ".layers.{layer}."

@@ -26,6 +26,7 @@ __all__ = [
     "InterleaveRotary",
     "NegativeExponential",
     "PlusOne",
+    "Reshaped",
     "Squeezed",
     "TiledHeads",
     "Transform",
@@ -138,21 +139,24 @@ class UngroupedRows(Transform):
     """Takes some segments of the rows of each group: all groups' rows of one segment, then those of the next.
 
     Attributes:
-        groups: the letter of the number of groups.
+        groups: the letter of the number of groups; None: the rows are one group.
         segments: the letters of the segments' rows, in the order in which each group has them.
         taken: the segments that belong to this part.
     """
 
-    groups: str
+    groups: str | None
     segments: tuple[str, ...]
     taken: tuple[int, ...]
 
     def shape(self, shape: Shape, sizes: Sizes) -> Shape:
         """The taken rows of all groups."""
-        return (sizes[self.groups] * sum(sizes[self.segments[place]] for place in self.taken), *shape[1:])
+        return (self._n_groups(sizes) * sum(sizes[self.segments[place]] for place in self.taken), *shape[1:])
+
+    def _n_groups(self, sizes: Sizes) -> int:
+        return 1 if self.groups is None else sizes[self.groups]
 
     def _views(self, values: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
-        segments = _segments(values, sizes, self.groups, self.segments)
+        segments = _segments(values, sizes, self._n_groups(sizes), self.segments)
         return tuple(segments[place] for place in self.taken)
 
 
@@ -189,13 +193,13 @@ class HeadMatrices(Transform):
         return (sizes[self.heads], *(reversed(matrix) if self.is_transposed else matrix))
 
     def _views(self, values: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
-        matrices = _segments(values, sizes, self.heads, self.segments)[self.taken]
+        matrices = _segments(values, sizes, sizes[self.heads], self.segments)[self.taken]
         return (matrices.transpose(1, 2) if self.is_transposed else matrices,)
 
 
-def _segments(values: torch.Tensor, sizes: Sizes, groups: str, letters: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+def _segments(values: torch.Tensor, sizes: Sizes, n_groups: int, letters: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
     """The segments of rows that each group has: views of the tensor, [groups, rows of the segment, ...]."""
-    grouped = values.unflatten(0, (sizes[groups], -1))
+    grouped = values.unflatten(0, (n_groups, -1))
     segments: tuple[torch.Tensor, ...] = grouped.split([sizes[letter] for letter in letters], dim=1)
     return segments
 
@@ -279,6 +283,21 @@ class Squeezed(Transform):
     def shape(self, shape: Shape, sizes: Sizes) -> Shape:
         """The shape without these axes."""
         return tuple(size for size in shape if size != 1)
+
+
+@dataclass(frozen=True)
+class Reshaped(Transform):
+    """Gives a vector another shape, such as a row for each group of values.
+
+    Attributes:
+        axes: the letters of its sizes, or numbers.
+    """
+
+    axes: tuple[str, ...]
+
+    def shape(self, shape: Shape, sizes: Sizes) -> Shape:
+        """The other shape."""
+        return tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in self.axes)
 
 
 @dataclass(frozen=True)

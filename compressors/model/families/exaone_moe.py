@@ -92,7 +92,7 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
 
 
 def _refusal(spec: ModelSpec) -> str | None:
-    if spec.rope.kind is RopeKind.LONGROPE:
+    if spec.rope is not None and spec.rope.kind is RopeKind.LONGROPE:
         return "graph has one list of rotary factors, and this model another one for long texts"
     return llama_cpp.limit_of_untied_head(spec)
 

@@ -46,6 +46,7 @@ def _read(file: Settings) -> ModelSpec:
 
 
 def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
+    assert spec.rope is not None, "some layer attends"
     return gated_delta.gguf_keys(spec) | {"rope.dimension_sections": _sections(spec.rope.width)}
 
 

@@ -39,15 +39,16 @@ def read_json(path: Path, problem: str = "is not valid JSON") -> dict[str, Any]:
     text = file.start(_LARGEST)
     if (other := instead_of_a_file(text[:200])) is not None:
         raise InputError(f"{path} {problem} ({other}): download the file again")
-    return parse_json(text, f"{path} {problem}")
+    return parse_json(text, f"{path} {problem}", allows_infinity=True)
 
 
-def parse_json(text: bytes, problem: str) -> dict[str, Any]:
+def parse_json(text: bytes, problem: str, *, allows_infinity: bool = False) -> dict[str, Any]:
     """Parses one JSON object.
 
     Args:
         text: UTF-8, without a byte order mark.
         problem: the beginning of the message: the file, and that it is not JSON.
+        allows_infinity: takes ``Infinity``, which settings of models have where there is no limit.
 
     Raises:
         InputError: the text is not one JSON object; the message gives line and column if they are known.
@@ -55,7 +56,8 @@ def parse_json(text: bytes, problem: str) -> dict[str, Any]:
     try:
         if text.startswith(b"\xef\xbb\xbf"):
             raise ValueError("it begins with a byte order mark, which transformers refuses too: save it without")
-        data = json.loads(text.decode("utf-8"), parse_constant=_constant, parse_float=_finite, parse_int=_whole_number)
+        constant = _infinity if allows_infinity else _constant
+        data = json.loads(text.decode("utf-8"), parse_constant=constant, parse_float=_finite, parse_int=_whole_number)
         _refuse_depth(data)
         if rb"\ud" in text.lower():
             _refuse_half_characters(data)
@@ -75,6 +77,10 @@ def parse_json(text: bytes, problem: str) -> dict[str, Any]:
 
 def _invalid(problem: str, why: str) -> InputError:
     return InputError(f"{problem} ({why}): download the file again")
+
+
+def _infinity(text: str) -> float:
+    return math.inf if text == "Infinity" else _constant(text)
 
 
 def _constant(text: str) -> float:

@@ -17,6 +17,7 @@ __all__ = [
     "LOGITS",
     "LOGIT_CAP",
     "NORM_SCALES",
+    "RELU_ALPHA",
     "RESIDUAL_FACTOR",
     "ROTARY_COSINE",
     "ROTARY_SINE",
@@ -25,6 +26,7 @@ __all__ = [
     "STATES",
     "cache_input",
     "cache_output",
+    "cached_layer",
     "continued_cache",
     "expert_matrix",
     "is_cache_input",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _PAST, _PRESENT = "past_key_values", "present"
+_MOST_DIGITS = 4  # of a layer's number
 CACHED = ("key", "value")
 """The two caches of a layer that attends."""
 STATES = ("conv_state", "recurrent_state")
@@ -49,6 +52,8 @@ CHOSEN_LOGITS, CHOSEN_WEIGHTS = "chosen.logits", "chosen.weights"
 """The largest logits of each token, and its experts' weights in that order, where nodes compute the experts."""
 BY_EXPERT = ".by_expert"
 """Ends the names of products of all experts, under each other."""
+RELU_ALPHA = 1e6
+"""The factor inside of a sigmoid that makes it 0 below zero and 1 above, so that x sigmoid(alpha x) is ReLU."""
 ROUTING = "routing"
 """Begins, behind the layer, the names of values that route where the MoE operators cannot."""
 IN_FLOAT32 = ".float32"
@@ -79,6 +84,12 @@ def is_cache_input(name: str) -> bool:
 def is_state(name: str) -> bool:
     """True if a cache is a state, which has one size for all texts."""
     return name.endswith(tuple(f".{kind}" for kind in STATES))
+
+
+def cached_layer(name: str) -> int:
+    """The layer of a cache input; -1 if its name tells none, or one that no model has."""
+    number = name.removeprefix(f"{_PAST}.").partition(".")[0]
+    return int(number) if number.isdecimal() and len(number) <= _MOST_DIGITS else -1
 
 
 def rotary_table(name: str, number: int) -> str:

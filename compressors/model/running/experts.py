@@ -2,9 +2,10 @@
 
 Plugged into transformers' MoE blocks through its experts interface, so one function serves every family whose experts
 module has ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F], and where it has biases (``has_bias``)
-``gate_up_proj_bias`` [E, 2F] and ``down_proj_bias`` [E, D], always gate rows first. The function between the products
-is transformers' own. Weights stay in storage dtype and are converted
-one expert at a time when the activations have another. Where the module has an attribute ``trained``
+``gate_up_proj_bias`` [E, 2F] and ``down_proj_bias`` [E, D], always gate rows first. Without a gate (``has_gate``) it
+has ``up_proj`` [E, F, D] instead, which stands here for gate and up. The function between the products is
+transformers' own. Weights stay in storage dtype and are converted one expert at a time when the activations have
+another. Where the module has an attribute ``trained``
 (:class:`~compressors.model.running.trained_experts.TrainedExperts`), those weights stand in for its own, and get
 gradients.
 
@@ -159,7 +160,7 @@ class _ExpertWeights:
     """The experts' weights in the dtype of the activations; trained ones take the place of stored ones."""
 
     def __init__(self, experts: nn.Module, activations: torch.Tensor) -> None:
-        self._gate_up = experts.get_parameter("gate_up_proj")
+        self._gate_up = experts.get_parameter("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj")
         self._down = experts.get_parameter("down_proj")
         self._trained: TrainedExperts | None = getattr(experts, "trained", None)
         self._dtype = activations.dtype
@@ -185,6 +186,9 @@ def _add_row(products_nO: torch.Tensor, bias_EO: torch.Tensor | None, expert: in
 
 def _activate(experts: nn.Module, gate_up_n2F: torch.Tensor) -> torch.Tensor:
     """Applies transformers' function between the products, which may expect each gate beside its up."""
+    if not getattr(experts, "has_gate", True):
+        activated_nF: torch.Tensor = experts.act_fn(gate_up_n2F)  # type: ignore[operator]
+        return activated_nF
     if not getattr(experts, "is_concatenated", True):
         gate_up_n2F = in_turn(gate_up_n2F)
     hidden_nF: torch.Tensor = experts._apply_gate(gate_up_n2F)  # type: ignore[operator]

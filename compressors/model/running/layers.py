@@ -19,7 +19,7 @@ __all__ = ["LayerReader", "LayerWeights", "layer_bytes", "refuse_not_finite"]
 class LayerWeights:
     """One decoder layer, in storage dtype; without a MoE sub-layer both arrays are empty."""
 
-    gate_up_EFD: torch.Tensor  # [E, 2F, D], gate rows first
+    gate_up_EFD: torch.Tensor  # [E, 2F, D], gate rows first; [E, F, D] of experts without a gate
     down_EDF: torch.Tensor
     others: dict[Role, torch.Tensor] = field(default_factory=dict)
 
@@ -86,26 +86,26 @@ class LayerReader:
 
     def _new_buffer(self) -> tuple[torch.Tensor, torch.Tensor]:
         spec, dtype = self._student.spec, self._student.expert_dtype
+        n_gate_up = max(layer.n_experts * layer.expert_input_rows * layer.hidden_size for layer in spec.layers)
         n_down = max(layer.n_experts * layer.expert_width * layer.hidden_size for layer in spec.layers)
-        return torch.empty(2 * n_down, dtype=dtype), torch.empty(n_down, dtype=dtype)
+        return torch.empty(n_gate_up, dtype=dtype), torch.empty(n_down, dtype=dtype)
 
     def _fill(self, buffer: tuple[torch.Tensor, torch.Tensor], index: int) -> LayerWeights:
         student, layer = self._student, self._student.spec.layers[index]
         n_experts, width, hidden_size = layer.n_experts, layer.expert_width, layer.hidden_size
+        rows = layer.expert_input_rows
         weights = LayerWeights(
-            buffer[0][: 2 * n_experts * width * hidden_size].view(n_experts, 2 * width, hidden_size),
+            buffer[0][: n_experts * rows * hidden_size].view(n_experts, rows, hidden_size),
             buffer[1][: n_experts * width * hidden_size].view(n_experts, hidden_size, width),
         )
         for tensor in layer.shared_tensors:
             weights.others[tensor.role] = student.tensor(tensor.role, index)
             self._check(weights.others[tensor.role], tensor.role, index)
         for expert in range(n_experts):
-            gate_up, down = weights.gate_up_EFD[expert], weights.down_EDF[expert]
-            for role, out in (
-                (Role.EXPERT_GATE, gate_up[:width]),
-                (Role.EXPERT_UP, gate_up[width:]),
-                (Role.EXPERT_DOWN, down),
-            ):
+            assert layer.routed is not None
+            matrices = weights.gate_up_EFD[expert].split(width)
+            of_inputs = list(zip(layer.routed.input_roles, matrices, strict=True))
+            for role, out in (*of_inputs, (Role.EXPERT_DOWN, weights.down_EDF[expert])):
                 student.read_expert(role, index, expert, out)
                 self._check(out, role, index, expert)
         return weights

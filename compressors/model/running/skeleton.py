@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressors.model.config.reading import transformers_config
+from compressors.model.config.reading import language_model_config, transformers_config
 from compressors.model.description.gate_order import gates_first
-from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.mixers import GroupedQuery, Mamba2
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec, MoeSize
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.running.layers import LayerWeights
 
 __all__ = ["Skeleton"]
+
+_NO_LIMIT = (0.0, math.inf)
+"""The limits of the steps of Mamba-2's heads; a class of transformers has another lower one of its own."""
 
 
 class Skeleton:
@@ -38,20 +41,23 @@ class Skeleton:
         register_grouped_experts()
         # it recommends packages for recurrent layers in every process, but torch's own arithmetic is meant to be used
         logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
-        config = _edited(transformers_config(settings), spec)
+        self._settings = language_model_config(settings)
+        config = self._config(spec)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, experts_implementation=GROUPED_EXPERTS
             )
         self.is_causal_by_itself: bool = model.config._attn_implementation == "sdpa"  # eager attention needs a mask
         self.layers = [self._fitted(layer, index, model.config) for index, layer in enumerate(model.model.layers)]
-        self.rotary: nn.Module = type(_rotary(model.model))(config=config)  # computes, so it needs a device
-        has_kinds = _LAYER_TYPE in inspect.signature(self.rotary.forward).parameters
+        self.rotary = _rotary(model.model, config)
+        has_kinds = self.rotary is not None and _LAYER_TYPE in inspect.signature(self.rotary.forward).parameters
         self._rotary_kinds: Sequence[str] | None = model.config.layer_types if has_kinds else None
         self.final_norm: nn.Module = model.get_submodule(spec.tensor(Role.FINAL_NORM).submodule).eval()
 
     def position_embeddings(self, index: int, hidden_BTD: torch.Tensor, positions_1T: torch.Tensor) -> Any:
-        """The cosines and sines that a layer turns by, of the dtype and on the device of the hidden states."""
+        """The cosines and sines that a layer turns by, of the dtype and on the device of the hidden states; or None."""
+        if self.rotary is None:
+            return None
         kind = {} if self._rotary_kinds is None else {_LAYER_TYPE: self._rotary_kinds[index]}
         return self.rotary(hidden_BTD, positions_1T, **kind)
 
@@ -66,17 +72,32 @@ class Skeleton:
             tensor = gates_first(tensor) if described.alternates else tensor
             named[described.in_layer] = tensor.to(device, torch.float32 if described.runs_in_float32 else dtype)
         if layer.routed is not None:
-            named[f"{layer.routed.experts_module}.gate_up_proj"] = weights.gate_up_EFD.to(device)
+            name = "gate_up_proj" if layer.routed.glu.is_gated else "up_proj"
+            named[f"{layer.routed.experts_module}.{name}"] = weights.gate_up_EFD.to(device)
             named[f"{layer.routed.experts_module}.down_proj"] = weights.down_EDF.to(device)
         return named
+
+    def _config(self, spec: ModelSpec) -> Any:
+        """transformers' configuration of a model with these sizes."""
+        config = transformers_config(spec.family.edited(spec, self._settings))
+        mixer, differs = spec.layers[0].mixer, getattr(config, "is_heterogeneous", False)
+        if not differs and getattr(config, "head_dim", None) is None and isinstance(mixer, GroupedQuery):
+            config.head_dim = mixer.head_dim  # some kinds of rotary embedding do not work it out themselves
+        _keep_windows(config, spec)
+        return config
 
     def _fitted(self, module: nn.Module, index: int, config: Any) -> nn.Module:
         """Returns the layer with its own sizes where layers differ; modules that it has lost add nothing."""
         spec, layer = self._spec, self._spec.layers[index]
         if layer.routed is not None and layer.moe != MoeSize(spec.n_experts, spec.expert_width):
-            alike = replace(spec, layers=(layer,) * spec.n_layers)
+            alike = self._config(replace(spec, layers=tuple(_with_experts_of(layer, each) for each in spec.layers)))
+            alike._attn_implementation = config._attn_implementation
+            alike._experts_implementation = config._experts_implementation
             with torch.device("meta"):
-                module = type(module)(_edited(copy.deepcopy(config), alike), index)
+                module = type(module)(alike, index)
+        if isinstance(layer.mixer, Mamba2):
+            rule = layer.tensor(Role.MIXER_INPUT).submodule.rpartition(".")[0]
+            module.get_submodule(rule).time_step_limit = _NO_LIMIT  # type: ignore[assignment]
         if layer.routed is not None:
             module.get_submodule(layer.routed.router_module).register_forward_pre_hook(_in_float32)
             _lay_out(module.get_submodule(layer.routed.experts_module))
@@ -86,21 +107,43 @@ class Skeleton:
         return module.eval()
 
 
+def _keep_windows(config: Any, spec: ModelSpec) -> None:
+    """Gives layers their windows back that a class takes away by itself, as Gemma 4's does with the last layer's."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        windows = (layer.mixer.window for layer in spec.layers)
+        config.layer_types = [
+            kind if window is None else _WINDOWED for kind, window in zip(kinds, windows, strict=True)
+        ]
+
+
+_WINDOWED = "sliding_attention"
 _LAYER_TYPE = "layer_type"
 """The argument of rotary embeddings that differ from one kind of layers to another."""
 
 
-def _rotary(model: nn.Module) -> nn.Module:
-    """The rotary embedding of all layers, whatever its name."""
-    return next(child for child in model.children() if type(child).__name__.endswith("RotaryEmbedding"))
+def _rotary(model: nn.Module, config: Any) -> nn.Module | None:
+    """The rotary embedding of all layers, whatever its name, on a device, because it computes; None: there is none."""
+    found = (type(child) for child in model.children() if type(child).__name__.endswith("RotaryEmbedding"))
+    kind = next(found, None)
+    return None if kind is None else kind(config=config)
+
+
+def _with_experts_of(layer: LayerSpec, other: LayerSpec) -> LayerSpec:
+    """Returns the other layer with this one's experts, if it has some."""
+    return other if other.routed is None else replace(other, feed_forward=layer.feed_forward)
 
 
 class _Nothing(nn.Module):
-    """Replaces a dropped part of a layer."""
+    """Replaces a dropped part of a layer.
+
+    A layer may ask a norm for the dtype of its weight, to compute in it: the narrowest widens nothing.
+    """
 
     def __init__(self, n_outputs: int) -> None:
         super().__init__()
         self._n_outputs = n_outputs
+        self.weight = torch.empty(0, dtype=torch.bfloat16)
 
     def forward(self, hidden_BTD: torch.Tensor, *_others: object) -> torch.Tensor | tuple[torch.Tensor, ...]:
         nothing = torch.zeros_like(hidden_BTD)
@@ -122,15 +165,6 @@ def _lay_out(experts: nn.Module) -> None:
         for name in ("gate_up_proj", "down_proj"):
             matrices = experts.get_parameter(name)
             experts.register_parameter(name, nn.Parameter(matrices.transpose(1, 2), requires_grad=False))
-
-
-def _edited(config: Any, spec: ModelSpec) -> Any:
-    for name, value in spec.family.edited(spec, {}).items():
-        setattr(config, name, value)
-    mixer, differs = spec.layers[0].mixer, getattr(config, "is_heterogeneous", False)
-    if not differs and getattr(config, "head_dim", None) is None and isinstance(mixer, GroupedQuery):
-        config.head_dim = mixer.head_dim  # some kinds of rotary embedding do not work it out themselves
-    return config
 
 
 def _in_float32(_router: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

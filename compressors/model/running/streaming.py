@@ -111,7 +111,8 @@ class StreamedModel:
             experts = self._skeleton.layers[index].get_submodule(routed.experts_module)
             experts.trained = trained  # type: ignore[assignment]
         self._indices = {layer: index for index, layer in enumerate(self._skeleton.layers)}
-        self._skeleton.rotary.to(self.device)
+        if self._skeleton.rotary is not None:
+            self._skeleton.rotary.to(self.device)
         self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -149,7 +150,9 @@ class StreamedModel:
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None] + first_position
         rotary = self._skeleton.position_embeddings(self._indices[layer], hidden_BTD, positions)
         mask = self._mask(layer, hidden_BTD, first_position)
-        others = {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache}
+        others: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache}
+        if rotary is not None:
+            others["position_embeddings"] = rotary
         trained = self._stand_ins(layer, hidden_BTD.dtype)
         output: torch.Tensor = (
             functional_call(layer, trained, hidden_BTD, others) if trained else layer(hidden_BTD, **others)
@@ -159,7 +162,7 @@ class StreamedModel:
     def _mask(self, layer: nn.Module, hidden_BTD: torch.Tensor, first_position: int) -> torch.Tensor | None:
         """The mask of a layer; None where it is causal by itself and reaches back over everything."""
         mixer, n_new = self.spec.layers[self._indices[layer]].mixer, hidden_BTD.shape[1]
-        if mixer.is_recurrent:
+        if not mixer.cached_values:  # it does not look at positions
             return None
         is_short = mixer.window is None or first_position + n_new <= mixer.window
         if self._skeleton.is_causal_by_itself and is_short:

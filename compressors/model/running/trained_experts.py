@@ -1,10 +1,10 @@
 """Float32 tensors that stand in for experts' weights while they are trained.
 
-An expert has two matrices as transformers fuses them: gate and up [2F, D], and down [D, F]. Each is trained whole,
-through a low-rank adapter on top of the stored matrix, or through a factor for each of its blocks.
+An expert has two matrices as transformers fuses them: gate and up [2F, D], or up alone, and down [D, F]. Each is
+trained whole, through a low-rank adapter on top of the stored matrix, or through a factor for each of its blocks.
 
 Letters: N trained experts of a layer, O outputs and I inputs of a matrix, n tokens of one expert, R rank,
-P parts of a fused matrix (2: gate and up; 1: down), K blocks of a row.
+P parts of a fused matrix (2: gate and up; 1: down, or up alone), K blocks of a row.
 """
 
 from __future__ import annotations

@@ -66,6 +66,9 @@ _DESCRIPTIVE = (
     "tensor_data_layout",
 )
 
+_OF_ANGLES = ("rope.freq_base", "rope.dimension_count")
+"""Keys that change nothing in a model that turns nothing."""
+
 _NAMES: Mapping[str, str] = {
     "attention.layer_norm_rms_epsilon": "epsilon of the norms",
     "expert_used_count": "number of experts per token",
@@ -92,8 +95,7 @@ def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], spec: ModelSpec
         return [f"general.architecture: {found!r} in the file, but the model is llama.cpp's {architecture!r}"]
     prefix = f"{architecture}."
     settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    trained = {rope.trained_context for rope in spec.ropes}
-    if settings.get("context_length") in trained:  # longer than a window, which does no harm
+    if _is_only_longer(settings.get("context_length"), spec):
         settings["context_length"] = spec.context_length
     _put_list_for_interval(settings)
     symptoms = [
@@ -109,6 +111,13 @@ def _put_list_for_interval(settings: dict[str, MetadataValue]) -> None:
     interval, n_layers = settings.pop("full_attention_interval", None), settings.get("block_count")
     if isinstance(interval, int) and interval > 0 and isinstance(n_layers, int) and _RECURRENT not in settings:
         settings[_RECURRENT] = tuple((index + 1) % interval != 0 for index in range(n_layers))
+
+
+def _is_only_longer(context_length: MetadataValue | None, spec: ModelSpec) -> bool:
+    """True for a context beyond a window, or beyond what a model was trained on that turns nothing: it does no harm."""
+    if spec.ropes:
+        return context_length in {rope.trained_context for rope in spec.ropes}
+    return isinstance(context_length, int) and context_length > spec.context_length
 
 
 def _expected(spec: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataValue | None]]:
@@ -147,6 +156,8 @@ def _unexpected(settings: Mapping[str, MetadataValue], spec: ModelSpec) -> Itera
         if key in known or key in _DESCRIPTIVE or (key == "feed_forward_length" and not is_dense):
             continue
         if expected_rope(spec) is None and key.startswith("rope.scaling."):
+            continue
+        if spec.rope is None and key in _OF_ANGLES:
             continue
         if scaling_is_off and key.startswith("rope.scaling.") and key not in _READ_ALWAYS:
             continue

@@ -84,6 +84,7 @@ class _Weight:
     codes: _Stored
     scales: _Stored | None
     part: Part | None = None
+    n_copies: int = 1
 
     @property
     def n_rows(self) -> int:
@@ -97,9 +98,14 @@ class _Weight:
         n_values = prod(self.shape)
         return BlockType(_BYTE_BITS * self.codes.n_values // n_values, n_values // max(1, self.scales.n_values))
 
-    def rows_of(self, role: Role, rows_RN: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    @property
+    def n_together(self) -> int:
+        """The rows that stand for one row of each role: all roles', or copies."""
+        return len(self.roles) * self.n_copies
+
+    def rows_of(self, role: Role, rows_RN: npt.NDArray[Any], copy: int = 0) -> npt.NDArray[Any]:
         """A view of the rows that are a role's; they begin with a row of the first role."""
-        return rows_RN[self.roles.index(role) :: len(self.roles)]
+        return rows_RN[self.roles.index(role) + copy :: self.n_together]
 
     @property
     def is_whole(self) -> bool:
@@ -177,9 +183,9 @@ class OnnxWeights:
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out`` with one expert's projection."""
         (weight,) = self._weights[role, layer]
-        n_rows = len(out) * len(weight.roles)
+        n_rows = len(out) * weight.n_together
         rows = self._rows(weight, expert * n_rows, n_rows)
-        out.copy_(rows[weight.roles.index(role) :: len(weight.roles)])
+        out.copy_(rows[weight.roles.index(role) :: weight.n_together])
 
     def block_length(self, role: Role, layer: int | None) -> int | None:
         """The number of values of a row that share a scale; None if the tensor has no scales of its own rows."""
@@ -246,9 +252,10 @@ class OnnxWeights:
     def _replace(self, weight: _Weight, values_RN: npt.NDArray[Any], first: int) -> None:
         """Writes the values that replace the file's into some rows, which are whole experts' where roles alternate."""
         for role, name in self._replaced[weight].items():
-            own_RN = weight.rows_of(role, values_RN)
             of_role_RN = self._values[name].reshape(-1, values_RN.shape[1]).numpy()
-            own_RN[:] = of_role_RN[first // len(weight.roles) :][: len(own_RN)]
+            for copied in range(weight.n_copies):
+                own_RN = weight.rows_of(role, values_RN, copied)
+                own_RN[:] = of_role_RN[first // weight.n_together :][: len(own_RN)]
 
     def _names_by_weight(self, values: Mapping[str, torch.Tensor]) -> Mapping[_Weight, Mapping[Role, str]]:
         """Returns the names among ``values`` whose rows each weight holds."""
@@ -311,7 +318,7 @@ class OnnxWeights:
         if codes is None:
             raise InputError(f"{self._graph_file} has no tensor {name}: it does not hold this model")
         scales = None if codes.name == name else _tensor(tensors, name + SCALES, shape)
-        found = _Weight(weight.roles, shape, codes, scales, weight.part)
+        found = _Weight(weight.roles, shape, codes, scales, weight.part, weight.n_copies)
         if not found.is_whole:
             raise InputError(
                 f"{self._graph_file}: tensor {codes.name} has shape {list(codes.shape)}, which is not that of the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -13,7 +13,7 @@ from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.description.transforms import HeadMatrices
 
-__all__ = ["OnnxWeight", "Part", "row_lengths", "weights_of"]
+__all__ = ["OnnxWeight", "Part", "row_lengths", "weights_of", "written_shape"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class OnnxWeight:
         layer: the decoder layer; None outside of the layers.
         shape: [D], [rows, columns], or [E, rows, columns] of all experts.
         part: the part of the tensor that it is; None: it is whole.
+        n_copies: the number of times that each row stands there, one after the other.
     """
 
     name: str
@@ -57,6 +58,7 @@ class OnnxWeight:
     layer: int | None
     shape: tuple[int, ...]
     part: Part | None = None
+    n_copies: int = 1
 
 
 def weights_of(spec: ModelSpec) -> Iterator[OnnxWeight]:
@@ -79,8 +81,23 @@ def _weights_of_layer(layer: LayerSpec, index: int) -> Iterator[OnnxWeight]:
             continue
         rows, *columns = layer.dimensions(tensors[0])
         experts = [layer.n_experts] if tensors[0].is_per_expert else []
-        shape = (*experts, len(tensors) * rows, *columns)
-        yield OnnxWeight(name.format(layer=index), tuple(tensor.role for tensor in tensors), index, shape)
+        n_copies = _copies(tensors, layer)
+        shape = (*experts, len(tensors) * n_copies * rows, *columns)
+        roles = tuple(tensor.role for tensor in tensors)
+        yield OnnxWeight(name.format(layer=index), roles, index, shape, n_copies=n_copies)
+
+
+def _copies(tensors: Sequence[TensorSpec], layer: LayerSpec) -> int:
+    """2 for the up rows of experts without a gate: the operators take each of them for the gate's row too."""
+    routed = layer.routed
+    is_input = routed is not None and tensors[0].is_per_expert and tensors[0].role in routed.input_roles
+    return 2 if routed is not None and is_input and not routed.glu.is_gated else 1
+
+
+def written_shape(tensor: TensorSpec, layer: LayerSpec) -> tuple[int, ...]:
+    """The shape of a tensor of all experts as the file holds it, its copies included: [E, rows, columns]."""
+    rows, columns = layer.dimensions(tensor)
+    return (layer.n_experts, _copies((tensor,), layer) * rows, columns)
 
 
 def row_lengths(tensor: TensorSpec, layer: LayerSpec) -> tuple[int, ...]:

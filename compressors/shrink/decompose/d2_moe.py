@@ -24,7 +24,7 @@ class D2MoeFactors:
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense experts: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F]."""
         gate_up_EFD, down_EDF = self.deltas.materialize()
-        return gate_up_EFD + torch.cat([self.base.gate_FD, self.base.up_FD]), down_EDF + self.base.down_DF
+        return gate_up_EFD + torch.cat(self.base.of_inputs), down_EDF + self.base.down_DF
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,13 @@ def usage_weighted_base(block: MoeBlock, count_E: torch.Tensor) -> ExpertMatrice
     """
     weights_E = count_E if count_E.sum() > 0 else torch.ones_like(count_E)
     weights_E = weights_E / weights_E.sum()
-    sums = [torch.zeros_like(matrix, dtype=torch.float64) for matrix in ExpertMatrices.of(block, 0)]
+    *of_inputs, down_DF = (torch.zeros_like(matrix, dtype=torch.float64) for matrix in _matrices(block, 0))
     for expert, weight in enumerate(weights_E.tolist()):
-        for total, matrix in zip(sums, ExpertMatrices.of(block, expert), strict=True):
+        for total, matrix in zip((*of_inputs, down_DF), _matrices(block, expert), strict=True):
             total += weight * matrix
-    return ExpertMatrices(*(total.float() for total in sums))
+    return ExpertMatrices(tuple(total.float() for total in of_inputs), down_DF.float())
+
+
+def _matrices(block: MoeBlock, expert: int) -> tuple[torch.Tensor, ...]:
+    of_inputs, down_DF = ExpertMatrices.of(block, expert)
+    return (*of_inputs, down_DF)

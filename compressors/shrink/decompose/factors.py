@@ -22,24 +22,27 @@ class Factors(Protocol):
     """One layer's experts in factored form."""
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense experts that the factors stand for: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F]."""
+        """The dense experts that the factors stand for: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F].
+
+        Without a gate the first is up alone, [E, F, D].
+        """
 
 
 class ExpertMatrices(NamedTuple):
-    """The three matrices of one expert, or those that experts share."""
+    """The matrices of one expert, or those that experts share."""
 
-    gate_FD: torch.Tensor
-    up_FD: torch.Tensor
+    of_inputs: tuple[torch.Tensor, ...]  # gate and up, or up alone: [F, D] each
     down_DF: torch.Tensor
 
     @classmethod
     def of(cls, block: MoeBlock, expert: int) -> ExpertMatrices:
         """Returns the matrices of a block's expert: float32."""
-        return cls(block.gate(expert), block.up(expert), block.down(expert))
+        return cls(block.input_matrices(expert), block.down(expert))
 
     def minus(self, other: ExpertMatrices) -> ExpertMatrices:
         """Returns the differences from the other's matrices."""
-        return ExpertMatrices(*(own - shared for own, shared in zip(self, other, strict=True)))
+        of_inputs = (own - shared for own, shared in zip(self.of_inputs, other.of_inputs, strict=True))
+        return ExpertMatrices(tuple(of_inputs), self.down_DF - other.down_DF)
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,12 @@ class SharedBases:
 class MobeFactors:
     """Gate and up projections with shared bases; the down projections are as they were."""
 
-    gate: SharedBases
-    up: SharedBases
+    of_inputs: tuple[SharedBases, ...]  # gate and up, or up alone
     down_EDF: torch.Tensor
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense experts: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F] in its own dtype."""
-        return torch.cat([self.gate.product(), self.up.product()], dim=1), self.down_EDF
+        return torch.cat([bases.product() for bases in self.of_inputs], dim=1), self.down_EDF
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,9 @@ class Mobe:
             )
         if self.steps < 1 or not self.learning_rate > 0:
             raise InputError(f"{self.steps} steps at learning rate {self.learning_rate}: both must be above 0")
-        gate, up = (self._fit(weights_EFD.float(), rank) for weights_EFD in block.gate_up_EFD.split(block.width, dim=1))
-        return MobeFactors(gate, up, block.down_EDF)
+        matrices = block.gate_up_EFD.split(block.width, dim=1)
+        of_inputs = tuple(self._fit(weights_EFD.float(), rank) for weights_EFD in matrices)
+        return MobeFactors(of_inputs, block.down_EDF)
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """Returns the block with its experts rewritten; raises the errors of :meth:`decompose`."""

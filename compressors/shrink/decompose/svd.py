@@ -25,13 +25,12 @@ class ExpertMoments:
 class SvdFactors:
     """Every expert matrix as a product of two."""
 
-    gate: LowRank
-    up: LowRank
+    of_inputs: tuple[LowRank, ...]  # gate and up, or up alone
     down: LowRank
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense experts: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F]."""
-        return torch.cat([self.gate.product(), self.up.product()], dim=1), self.down.product()
+        return torch.cat([factors.product() for factors in self.of_inputs], dim=1), self.down.product()
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,17 @@ class ActivationSvd:
 def decompose_experts(block: MoeBlock, evidence: Evidence, rank: int, base: ExpertMatrices | None = None) -> SvdFactors:
     """Cuts each expert of a block, or its difference from ``base``, to a rank; the tokens are always the block's."""
     routes = block.route(evidence.router_sample_TD)
-    gates, ups, downs = [], [], []
+    pairs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(block.n_inputs)]
+    downs = []
     for expert in range(block.n_experts):
         moments = expert_moments(block, evidence, routes, expert)
         matrices = ExpertMatrices.of(block, expert)
         if base is not None:
             matrices = matrices.minus(base)
-        gates.append(truncate(matrices.gate_FD, moments.gate_up_DD, rank))
-        ups.append(truncate(matrices.up_FD, moments.gate_up_DD, rank))
+        for found, matrix_FD in zip(pairs, matrices.of_inputs, strict=True):
+            found.append(truncate(matrix_FD, moments.gate_up_DD, rank))
         downs.append(truncate(matrices.down_DF, moments.down_FF, rank))
-    return SvdFactors(LowRank.stack(gates), LowRank.stack(ups), LowRank.stack(downs))
+    return SvdFactors(tuple(map(LowRank.stack, pairs)), LowRank.stack(downs))
 
 
 def expert_moments(block: MoeBlock, evidence: Evidence, routes: Routes, expert: int) -> ExpertMoments:

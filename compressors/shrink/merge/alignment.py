@@ -46,8 +46,8 @@ def match_weights_and_activations(
 
 
 def _neurons(block: MoeBlock, expert: int) -> torch.Tensor:
-    """All weights of each neuron: float32 [F, 3 * D]."""
-    return torch.cat([block.gate(expert), block.up(expert), block.down(expert).T], dim=1)
+    """All weights of each neuron: float32 [F, 3 * D], or [F, 2 * D] without a gate."""
+    return torch.cat([*block.input_matrices(expert), block.down(expert).T], dim=1)
 
 
 def _activation_cosines(block: MoeBlock, inputs_TD: torch.Tensor, reference: int, expert: int) -> torch.Tensor:

@@ -101,7 +101,8 @@ def _average(
             of_outputs = [share * float(scale_E[e] / mean) for share, e in zip(shares, group, strict=True)]
     orders = [align(reference, expert) if align and expert != reference else same_F for expert in group]
     members = [
-        (share, expert, order_F, torch.cat([order_F, block.width + order_F]))  # the last orders rows of gate and up
+        # the last orders the rows of gate and up
+        (share, expert, order_F, torch.cat([matrix * block.width + order_F for matrix in range(block.n_inputs)]))
         for share, expert, order_F in zip(shares, group, orders, strict=True)
     ]
     merged.gate_up_EFD[index] = _sum(share * block.gate_up_EFD[e].float()[rows] for share, e, _, rows in members)

@@ -71,7 +71,7 @@ class SlimWidth:
             hidden_nF = block.hidden(expert, evidence.sample_TD[routes.of_expert(expert)[0]])
             moment_FF = second_moment(hidden_nF)
             kept = highest(neuron_importance(block, expert, moment_FF.diagonal()), self.width)
-            rows = [*kept, *(block.width + neuron for neuron in kept)]
+            rows = [matrix * block.width + neuron for matrix in range(block.n_inputs) for neuron in kept]
             gate_up.append(block.gate_up_EFD[expert, rows])
             if block.gate_up_bias_EF is not None:
                 biases.append(block.gate_up_bias_EF[expert, rows])
@@ -86,14 +86,16 @@ def neuron_importance(block: MoeBlock, expert: int, hidden_square_F: torch.Tenso
 
     ``hidden_square_F`` are the sums of h_f^2 over the expert's tokens. It is the root of the sum of squares of Wanda's
     scores |W| * ||X|| (arXiv 2306.11695) over the neuron's column; FLAP (arXiv 2312.11983) calls such a structured
-    form Wanda-sp. An expert without tokens is judged by its weights: ||gate_f|| * ||up_f|| * ||down[:, f]||.
+    form Wanda-sp. An expert without tokens is judged by its weights: ||gate_f|| * ||up_f|| * ||down[:, f]||, without
+    the gate's norm where there is no gate.
     """
     down_norms_F: torch.Tensor = block.down(expert).double().norm(dim=0)
     if hidden_square_F.any():
         return down_norms_F * hidden_square_F.sqrt()
-    gate_norms_F: torch.Tensor = block.gate(expert).double().norm(dim=1)
-    up_norms_F: torch.Tensor = block.up(expert).double().norm(dim=1)
-    return gate_norms_F * up_norms_F * down_norms_F
+    norms_F = torch.ones_like(down_norms_F)
+    for matrix_FD in block.input_matrices(expert):
+        norms_F = norms_F * matrix_FD.double().norm(dim=1)
+    return norms_F * down_norms_F
 
 
 def compensated_down(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Mixer, ShortConvolution
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Mamba2, Mixer, NoMixer, ShortConvolution
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.gguf.kv_types import KV_TYPES, bytes_per_value, values_per_block
@@ -103,6 +103,12 @@ def _mixer_bytes(mixer: Mixer, tokens: int, cells: int, kv_type: str) -> int:
         # before, padded and after the convolution; or, where queries and keys are repeated for all heads of values
         repeated = 3 * mixer.n_value_heads * mixer.key_dim + 2 * mixer.width
         return _FLOAT * (tokens * max(3 * mixer.channels, repeated) + mixer.state_values)
+    if isinstance(mixer, NoMixer):
+        return 0
+    if isinstance(mixer, Mamba2):
+        # what the input matrix makes and the convolution's outputs; beside them values of heads, or of another such
+        projected = mixer.sizes["M"]
+        return _FLOAT * (tokens * (projected + mixer.channels + max(projected, 3 * mixer.width)) + mixer.state_values)
     if isinstance(mixer, ShortConvolution):
         # gates and values, and their product before and behind the padding
         return _FLOAT * (tokens * 4 * mixer.channels + mixer.state_values)

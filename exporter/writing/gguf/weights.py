@@ -192,16 +192,15 @@ def _quantized(matrices: Sequence[_Matrix], feedback: Feedback | None) -> list[P
 
 
 def _quantized_expert(matrices: Sequence[_Matrix], feedback: ExpertFeedback) -> list[Part]:
-    """Quantizes an expert: gate and up share their inputs; those of down are made from both."""
+    """Quantizes an expert: gate and up share their inputs; those of down are made from both, or from up alone."""
     by_role = {matrix.rows.tensor.role: matrix for matrix in matrices}
-    gate, up, down = (by_role.pop(role) for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN))
-    expert = gate.rows.expert
+    down = by_role.pop(Role.EXPERT_DOWN)
+    of_inputs = [by_role.pop(role) for role in (Role.EXPERT_GATE, Role.EXPERT_UP) if role in by_role]
+    expert = down.rows.expert
     assert expert is not None
     parts = _quantized(list(by_role.values()), None)
-    if gate.has_codes_to_choose or up.has_codes_to_choose:
-        parts += _quantized((gate, up), feedback.gate_up(expert))
-    else:
-        parts += _quantized((gate, up), None)
+    has_codes = any(matrix.has_codes_to_choose for matrix in of_inputs)
+    parts += _quantized(of_inputs, feedback.gate_up(expert) if has_codes else None)
     if down.has_codes_to_choose:
-        return parts + down.quantized(feedback.down(expert, gate.values_RN, up.values_RN))
+        return parts + down.quantized(feedback.down(expert, *(matrix.values_RN for matrix in of_inputs)))
     return parts + down.quantized(None)

@@ -10,7 +10,7 @@ from typing import Any
 from compressors.model.config.special_tokens import SpecialTokens, configured_tokens, special_tokens
 from compressors.model.description.mixers import ShortConvolution
 from compressors.model.description.onnx_cache import Attention, cache_heads
-from compressors.model.description.rope import RopeKind
+from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.json_file import read_json
 from compressors.model.files.onnx_names import CACHED, STATES, cache_input, cache_output
@@ -49,18 +49,12 @@ def _model_config(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     transformers 4 reads ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, transformers 5 ``rope_parameters`` and
     ``dtype``: both are there. The graph has no window: it is written for a context within the window.
     """
-    rope = spec.rope.in_config()
     written = spec.written.family.edited(spec.written, config)
-    scaling = {
-        "rope_theta": spec.rope.theta,
-        "rope_scaling": None if spec.rope.kind is RopeKind.DEFAULT else rope,
-        "rope_parameters": rope,
-    }
     windows = {"sliding_window": None, "use_sliding_window": False} if spec.window is not None else {}
     return (
         written
         | windows
-        | (scaling if len(spec.ropes) == 1 else {})  # else the source's, which has one for each kind of layers
+        | (_rotary(spec.ropes[0]) if len(spec.ropes) == 1 else {})  # of several, the source has one for each kind
         | {
             "num_hidden_layers": spec.n_layers,
             "max_position_embeddings": spec.context_length,
@@ -69,6 +63,12 @@ def _model_config(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
             "use_cache": True,
         }
     )
+
+
+def _rotary(rope: Rope) -> dict[str, Any]:
+    values = rope.in_config()
+    scaling = None if rope.kind is RopeKind.DEFAULT else values
+    return {"rope_theta": rope.theta, "rope_scaling": scaling, "rope_parameters": values}
 
 
 def _generation_config(folder: Path, vocab_size: int, special: SpecialTokens) -> dict[str, Any]:

@@ -132,16 +132,17 @@ class _Values:
 
     def encoded(self, feedback: Feedback | None) -> list[Part]:
         """The encoded rows, each part with its offset in the file."""
-        encoding, places = self.rows.weight.encoding, self.rows.places
+        weight, places = self.rows.weight, self.rows.places
+        encoding = weight.encoding
         if encoding.blocks is None:
             float32 = [
                 quantize_rows(matrix.values_RN, GGMLQuantizationType.F32, name=matrix.name)
                 for matrix in self.matrices.values()
             ]
-            return [places[0].part(_alternating(float32))]
+            return [places[0].part(_alternating(float32 * weight.n_copies))]
         quantized = [_blocks(matrix, encoding, feedback) for matrix in self.matrices.values()]
-        codes = _alternating([pack(blocks.codes_RN, blocks.bits) for blocks in quantized])
-        scales = _alternating([blocks.scales_RK.astype(np.float16) for blocks in quantized])
+        codes = _alternating([pack(blocks.codes_RN, blocks.bits) for blocks in quantized] * weight.n_copies)
+        scales = _alternating([blocks.scales_RK.astype(np.float16) for blocks in quantized] * weight.n_copies)
         return [places[0].part(codes), places[1].part(scales)]
 
 
@@ -188,7 +189,7 @@ def _encoded(values: Sequence[_Values], feedback: Feedback | None) -> list[Part]
 
 
 def _encoded_expert(values: Sequence[_Values], expert: int, feedback: ExpertFeedback) -> list[Part]:
-    """Encodes an expert: gate and up share their inputs; those of down are made from both."""
+    """Encodes an expert: gate and up share their inputs; those of down are made from both, or from up alone."""
     matrices = {role: matrix for of_weight in values for role, matrix in of_weight.matrices.items()}
     gate_up = [of_weight for of_weight in values if Role.EXPERT_DOWN not in of_weight.matrices]
     (down,) = (of_weight for of_weight in values if Role.EXPERT_DOWN in of_weight.matrices)
@@ -196,8 +197,8 @@ def _encoded_expert(values: Sequence[_Values], expert: int, feedback: ExpertFeed
     parts = _encoded(gate_up, feedback.gate_up(expert) if has_codes else None)
     if not down.rows.has_codes:
         return parts + down.encoded(None)
-    gate_FD, up_FD = (matrices[role].values_RN for role in (Role.EXPERT_GATE, Role.EXPERT_UP))
-    return parts + down.encoded(feedback.down(expert, gate_FD, up_FD))
+    of_inputs = (matrices[role].values_RN for role in (Role.EXPERT_GATE, Role.EXPERT_UP) if role in matrices)
+    return parts + down.encoded(feedback.down(expert, *of_inputs))
 
 
 def _blocks(matrix: _Matrix, encoding: Encoding, feedback: Feedback | None) -> IntegerBlocks:

@@ -22,7 +22,7 @@ from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType
-from compressors.model.sources.onnx_weights import row_lengths
+from compressors.model.sources.onnx_weights import row_lengths, written_shape
 
 __all__ = ["ENCODINGS", "FLOAT32", "PRESETS", "Encoding", "Preset", "Unit", "check_row_length", "encoding_named"]
 __all__ += ["onnx_units", "preset_named", "unit_encodings"]
@@ -154,11 +154,7 @@ def _layer_units(layer: LayerSpec, index: int) -> Iterator[Unit]:
         if tensor.is_quantizable:
             name, lengths = f"layers.{index}.{_matrix_name(tensor)}", row_lengths(tensor, layer)
             yield Unit(name, index, {tensor.role: layer.dimensions(tensor)}, {tensor.role: lengths})
-    experts = {
-        tensor.role: (layer.n_experts, *layer.dimensions(tensor))
-        for tensor in layer.expert_tensors
-        if tensor.is_quantizable
-    }
+    experts = {tensor.role: written_shape(tensor, layer) for tensor in layer.expert_tensors if tensor.is_quantizable}
     if experts:
         lengths_of_experts = {role: shape[-1:] for role, shape in experts.items()}
         yield Unit(f"layers.{index}.{_EXPERTS}", index, experts, lengths_of_experts)

@@ -7,15 +7,21 @@ from typing import Any
 import numpy as np
 
 from compressors.model.description.glu import Activation, Glu
+from compressors.model.files.onnx_names import RELU_ALPHA
 from exporter.writing.onnx.builder import GraphBuilder
 
 __all__ = ["add_glu", "operator_attributes"]
 
 
 def operator_attributes(glu: Glu) -> dict[str, Any]:
-    """Attributes of MoE and QMoE: rows of gate and up alternate (fusion 1); beta is added to up."""
+    """Attributes of MoE and QMoE: rows of gate and up alternate (fusion 1); beta is added to up.
+
+    The square of ReLU is x sigmoid(alpha x) x with an alpha so large that the sigmoid is 0 or 1: each row of up stands
+    for the gate too.
+    """
     attributes: dict[str, Any] = {"activation_type": "swiglu", "swiglu_fusion": 1}
-    attributes |= {"activation_alpha": glu.alpha, "activation_beta": glu.offset}
+    alpha = glu.alpha if glu.is_gated else RELU_ALPHA
+    attributes |= {"activation_alpha": alpha, "activation_beta": glu.offset}
     return attributes if glu.limit is None else attributes | {"swiglu_limit": glu.limit}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from compressors.model.description.mixers import NoMixer
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.roles import Role
 from compressors.model.files.onnx_names import EMBEDDING_FACTOR, HEAD_FACTOR, LOGIT_CAP, RESIDUAL_FACTOR
@@ -50,9 +51,10 @@ class _Decoder:
         branch: str | None = None  # what the last block made, not yet added to the residual stream
         for index, layer in enumerate(spec.layers):
             nodes = LayerNodes(graph, self._weights, layer, index, spec.context_length, caches_differ)
-            normed, residual = self._norm(Role.ATTENTION_NORM, index, residual, branch)
-            branch = mixer_nodes(layer.mixer).add(nodes, normed, attention_mask)
-            branch = self._times(layer.residual_scale, RESIDUAL_FACTOR, self._normed(nodes, branch, _AFTER_MIXER))
+            if not isinstance(layer.mixer, NoMixer):
+                normed, residual = self._norm(Role.ATTENTION_NORM, index, residual, branch)
+                branch = mixer_nodes(layer.mixer).add(nodes, normed, attention_mask)
+                branch = self._times(layer.residual_scale, RESIDUAL_FACTOR, self._normed(nodes, branch, _AFTER_MIXER))
             if layer.feed_forward is not None:
                 normed, residual = self._norm(Role.MOE_NORM, index, residual, branch)
                 branch = add_feed_forward(nodes, layer.feed_forward, normed, residual)
@@ -66,12 +68,13 @@ class _Decoder:
         self._head(normed)
         graph.add_output("logits", _FLOAT, ["batch", "sequence", spec.vocab_size])
         for index, layer in enumerate(spec.layers):
-            mixer_nodes(layer.mixer).add_cache_outputs(graph, index)
+            if not isinstance(layer.mixer, NoMixer):
+                mixer_nodes(layer.mixer).add_cache_outputs(graph, index)
         return graph.model(spec.model_type)
 
-    def _scaled(self, layer: LayerNodes, residual: str, branch: str, scale: str) -> str:
-        """Adds the last block, and multiplies what leaves the layer."""
-        left = self._graph.node("Add", [residual, branch], f"{layer.prefix}output")
+    def _scaled(self, layer: LayerNodes, residual: str, branch: str | None, scale: str) -> str:
+        """Adds the last block, if there is one, and multiplies what leaves the layer."""
+        left = residual if branch is None else self._graph.node("Add", [residual, branch], f"{layer.prefix}output")
         return self._graph.node("Mul", [left, scale], f"{layer.prefix}output.scaled")
 
     def _head(self, normed: str) -> None:

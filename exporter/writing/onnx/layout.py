@@ -63,6 +63,7 @@ class WeightPlan:
     codes: TensorPlan
     scales: TensorPlan | None
     part: Part | None = None  # of the tensor; None: it is whole
+    n_copies: int = 1  # each row stands so many times, one after the other
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
@@ -157,11 +158,11 @@ class _Planner:
         encoding = self._encodings.get((roles[0], layer), FLOAT32)  # norms and routers belong to no unit
         if encoding.blocks is None:
             values = self._place(name, shape, np.dtype(np.float32))
-            return WeightPlan(roles, layer, encoding, shape, values, None, weight.part)
+            return WeightPlan(roles, layer, encoding, shape, values, None, weight.part, weight.n_copies)
         *rows, columns = shape
         codes = self._place(name + CODES, (*rows, columns * encoding.bits // 8), np.dtype(np.uint8))
         scales = self._place(name + SCALES, (*rows, columns // encoding.blocks.block_size), np.dtype(np.float16))
-        return WeightPlan(roles, layer, encoding, shape, codes, scales, weight.part)
+        return WeightPlan(roles, layer, encoding, shape, codes, scales, weight.part, weight.n_copies)
 
     def _place(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorPlan:
         n_bytes = math.prod(shape) * dtype.itemsize

@@ -8,11 +8,13 @@ it is. Large tensors are mapped from the data file in any case, and given back w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, ShortConvolution
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, NoMixer, ShortConvolution
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
+from compressors.model.sources.onnx_weights import written_shape
 from exporter.capabilities.onnx import needs_nodes
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors
 from validate.runtimes.cost import CHUNK_TOKENS
@@ -26,7 +28,7 @@ _SESSION_BYTES = 24 << 20  # graph, thread pool, allocator slack: measured 13 to
 _LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and their inputs
 _LIVE_VECTORS = 4  # of a head in latent attention: its query beside the small vector, turned; its sum, and parts
 _LIVE_CACHES = 5  # of latent attention: both halves, joined, those before a prompt, and an operator's keys and values
-_LIVE_CHANNELS = 3  # of a gated delta rule: its convolution's inputs, those beside what was kept, and the outputs
+_LIVE_CHANNELS = 3  # of a recurrent mixer: its convolution's inputs, those beside what was kept, and the outputs
 _LIVE_PARTS = 6  # of a short convolution: its gates and values as projected, and by themselves
 # With sinks the operator keeps attention's weights of all columns, those outside of a window too; without sinks it goes
 # over the cache in blocks (measured: 278 MB against 14 MB for 32 heads, 512 tokens and 4096 columns). The allocator
@@ -100,12 +102,17 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     values += tokens * spec.hidden_size * _LIVE_HIDDEN_STATES
     values += max(_mixer_values(layer, tokens, context) for layer in spec.layers)
     values += tokens * _feed_forward_values(spec)
-    expert = max(layer.expert_parameters for layer in spec.written.layers)
+    expert = max(_widened_values(layer) for layer in spec.written.layers)
     if expert:
         values += threads * (expert + tokens * spec.hidden_size)  # widened expert, partial sums
     # The embedding is not packed; where it is the head too, the packed copy counts among the weights.
     largest = max(weight.codes.n_bytes for weight in layout.weights if Role.TOKEN_EMBEDDING not in weight.roles)
     return _SESSION_BYTES + max(values * _FLOAT_BYTES, largest)
+
+
+def _widened_values(layer: LayerSpec) -> int:
+    """Values of an expert, with the rows that its weight holds twice."""
+    return sum(prod(written_shape(tensor, layer)[1:]) for tensor in layer.expert_tensors if tensor.is_quantizable)
 
 
 def _mixer_values(layer: LayerSpec, tokens: int, context: int) -> int:
@@ -114,6 +121,11 @@ def _mixer_values(layer: LayerSpec, tokens: int, context: int) -> int:
     if isinstance(mixer, Latent):
         of_head = 2 * mixer.key_dim + _LIVE_VECTORS * mixer.cached_values + 2 * mixer.value_dim
         return tokens * mixer.n_heads * of_head + _LIVE_CACHES * context * mixer.cached_values
+    if isinstance(mixer, NoMixer):
+        return 0
+    if isinstance(mixer, Mamba2):
+        repeated_keys = mixer.n_heads * mixer.key_dim
+        return tokens * (_LIVE_CHANNELS * mixer.channels + mixer.sizes["M"] + 3 * mixer.width + repeated_keys)
     if isinstance(mixer, GatedDelta):
         repeated_keys = mixer.n_value_heads * mixer.key_dim
         return tokens * (_LIVE_CHANNELS * mixer.channels + 2 * mixer.width + repeated_keys)

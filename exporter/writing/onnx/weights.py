@@ -63,6 +63,11 @@ class WeightNodes:
         epsilon = self._layout.spec.rms_norm_eps if epsilon is None else epsilon
         return self._graph.node("RMSNormalization", inputs, output, axis=-1, epsilon=epsilon)
 
+    def unit_rms(self, values: str, units: str, output: str) -> str:
+        """Normalises the last axis to a mean square of 1; ``units`` is a constant of so many ones."""
+        epsilon = self._layout.spec.rms_norm_eps
+        return self._graph.node("RMSNormalization", [values, units], output, axis=-1, epsilon=epsilon)
+
     def gated_rms_norm(self, role: Role, layer: int, values: str, gate: str, output: str) -> str:
         """Normalises each head, and multiplies by the gate after its SiLU; scales are those of one head."""
         return self._graph.node(
@@ -229,6 +234,10 @@ class LayerNodes:
     def rms_norm(self, role: Role, values: str, output: str, epsilon: float | None = None) -> str:
         """Normalises the last axis; ``epsilon`` is the model's unless it is given."""
         return self.weights.rms_norm(role, self.index, values, output, epsilon)
+
+    def unit_rms(self, values: str, units: str, output: str) -> str:
+        """Normalises the last axis to a mean square of 1; ``units`` is a constant of so many ones."""
+        return self.weights.unit_rms(values, units, output)
 
     def gated_rms_norm(self, role: Role, values: str, gate: str, output: str) -> str:
         """Normalises each head, and multiplies by the gate after its SiLU; scales are those of one head."""

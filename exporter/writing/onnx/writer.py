@@ -82,7 +82,7 @@ def write_onnx(
     model = build_model(layout)
     graph = model.SerializeToString(deterministic=True)
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = [*weight_pieces(student, layout, importance or {}, feedback), _rotary_piece(layout)]
+    pieces = [*weight_pieces(student, layout, importance or {}, feedback), *_rotary_pieces(layout)]
     with replacing(folder / MODEL_FILE) as graph_stream:
         graph_stream.write(graph)
         if resume and is_published(folder / DATA_FILE, pieces):
@@ -92,11 +92,13 @@ def write_onnx(
             (folder / MODEL_FILE).unlink(missing_ok=True)  # an old graph must not be found beside the new weights
 
 
-def _rotary_piece(layout: TensorLayout) -> Piece:
-    """The rotary caches, which lie behind all weights."""
+def _rotary_pieces(layout: TensorLayout) -> list[Piece]:
+    """The rotary caches, which lie behind all weights; none if nothing is turned."""
     caches = [Place(tensor.offset, tensor.n_bytes) for tables in layout.rotaries.values() for tensor in tables]
+    if not caches:
+        return []
     n_bytes = sum(place.n_bytes for place in caches)
-    return Piece(n_bytes, caches[-1].end, lambda: partial(_rotary_parts, layout.spec, caches))
+    return [Piece(n_bytes, caches[-1].end, lambda: partial(_rotary_parts, layout.spec, caches))]
 
 
 def _rotary_parts(spec: ModelSpec, places: Sequence[Place]) -> list[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -95,3 +96,12 @@ def test_an_enormous_file_is_not_read(tmp_path: Path) -> None:
 def test_the_beginning_of_the_message_is_the_caller_s() -> None:
     with pytest.raises(InputError, match=r"^file 7 is odd \(Expecting value: line 1, column 1\)"):
         parse_json(b"x", "file 7 is odd")
+
+
+def test_settings_may_have_no_limit_and_headers_must_be_finite(tmp_path: Path) -> None:
+    """Python's writer, and so the hub, spell it like this."""
+    path = tmp_path / "config.json"
+    path.write_text('{"time_step_limit": [0.0, Infinity]}')
+    assert read_json(path) == {"time_step_limit": [0.0, math.inf]}
+    with pytest.raises(InputError, match="Infinity, which is no number of JSON"):
+        parse_json(path.read_bytes(), "the header is not valid JSON")

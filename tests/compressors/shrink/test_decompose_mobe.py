@@ -81,7 +81,7 @@ def test_the_fit_is_the_published_one(activation: Activation, trained: tuple[Moe
     factors = Mobe(3, rank=16, steps=4, activation=activation).decompose(block, evidence)
     gates = torch.stack([block.gate(expert) for expert in range(10)])
     ups = torch.stack([block.up(expert) for expert in range(10)])
-    for bases, weights in ((factors.gate, gates), (factors.up, ups)):
+    for bases, weights in zip(factors.of_inputs, (gates, ups), strict=True):
         expected = _fit_by_definition(weights, groups, 16, 4, activation)
         # Adam divides gradients by their own size, also those that are nothing but float32 rounding
         assert (bases.product() - expected).norm() <= 1e-3 * expected.norm()
@@ -92,13 +92,13 @@ def test_the_result_is_the_definition_and_its_error_is_reported(trained: tuple[M
     block, evidence = trained
     method = Mobe(4, rank=48, steps=30)
     factors, compressed = method.decompose(block, evidence), method(block, evidence)
-    assert torch.all(factors.gate.mix_EM > 0)
-    torch.testing.assert_close(factors.gate.mix_EM.sum(-1), torch.ones(10))
+    assert torch.all(factors.of_inputs[0].mix_EM > 0)
+    torch.testing.assert_close(factors.of_inputs[0].mix_EM.sum(-1), torch.ones(10))
     errors = relative_errors(block, factors)
     width = block.width
     for bases, rows, error in (
-        (factors.gate, slice(0, width), errors.gate),
-        (factors.up, slice(width, None), errors.up),
+        (factors.of_inputs[0], slice(0, width), errors.gate),
+        (factors.of_inputs[1], slice(width, None), errors.up),
     ):
         expected, old = _rebuild(bases), block.gate_up_EFD[:, rows].double().numpy()
         new = compressed.block.gate_up_EFD[:, rows].double().numpy()
@@ -128,8 +128,10 @@ def test_gradients_may_be_switched_off_around_it(trained: tuple[MoeBlock, Eviden
     block, evidence = trained
     with torch.no_grad():
         factors = Mobe(2, rank=8, steps=3).decompose(block, evidence)
-    assert torch.equal(factors.gate.product(), Mobe(2, rank=8, steps=3).decompose(block, evidence).gate.product())
-    assert not factors.gate.product().requires_grad
+    assert torch.equal(
+        factors.of_inputs[0].product(), Mobe(2, rank=8, steps=3).decompose(block, evidence).of_inputs[0].product()
+    )
+    assert not factors.of_inputs[0].product().requires_grad
 
 
 def test_a_basis_for_each_expert_can_represent_them(trained: tuple[MoeBlock, Evidence]) -> None:
@@ -142,9 +144,9 @@ def test_a_basis_for_each_expert_can_represent_them(trained: tuple[MoeBlock, Evi
 
 def test_rank_is_the_width_unless_given(trained: tuple[MoeBlock, Evidence]) -> None:
     block, evidence = trained
-    assert Mobe(2, steps=1).decompose(block, evidence).gate.bases_MrD.shape == (2, 128, 256)
+    assert Mobe(2, steps=1).decompose(block, evidence).of_inputs[0].bases_MrD.shape == (2, 128, 256)
     wide = replace(block, gate_up_EFD=block.gate_up_EFD.repeat(1, 4, 1), down_EDF=block.down_EDF.repeat(1, 1, 4))
-    assert Mobe(1, steps=1).decompose(wide, evidence).up.own_EFr.shape == (10, 512, 256)
+    assert Mobe(1, steps=1).decompose(wide, evidence).of_inputs[1].own_EFr.shape == (10, 512, 256)
 
 
 @pytest.mark.parametrize(

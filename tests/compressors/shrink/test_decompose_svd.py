@@ -113,7 +113,7 @@ def test_each_expert_is_the_published_truncation(trained: tuple[MoeBlock, Eviden
     block, evidence = trained
     factors = ActivationSvd(_RANK).decompose(block, evidence)
     for expert in range(block.n_experts):
-        parts = (factors.gate, factors.up, factors.down)
+        parts = (*factors.of_inputs, factors.down)
         for part, (matrix, inputs) in zip(parts, _matrices_and_inputs(block, evidence, expert), strict=True):
             left, right = _array(part.left_EOr[expert]), _array(part.right_ErI[expert])
             assert left.shape == (matrix.shape[0], _RANK)
@@ -186,7 +186,7 @@ def test_d2_moe_is_the_usage_weighted_base_plus_truncated_deltas(trained: tuple[
         base = np.zeros_like(_weights(block, 0)[matrix])
         for expert in range(3):
             base += counts[expert] / sum(counts) * _weights(block, expert)[matrix]
-        assert _close(_array(factors.base[matrix]), base, 1e-6)
+        assert _close(_array((*factors.base.of_inputs, factors.base.down_DF)[matrix]), base, 1e-6)
         for expert in range(3):
             own, inputs = _matrices_and_inputs(block, evidence, expert)[matrix]
             assert _close(_weights(rebuilt, expert)[matrix], base + _published(own - base, inputs, _RANK))
@@ -202,6 +202,6 @@ def test_deltas_of_identical_experts_are_nothing(trained: tuple[MoeBlock, Eviden
 def test_an_unused_expert_has_no_part_in_the_base(trained: tuple[MoeBlock, Evidence]) -> None:
     block, _evidence = trained
     base = usage_weighted_base(block, torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64))
-    assert torch.equal(base.gate_FD, block.gate(1))
+    assert torch.equal(base.of_inputs[0], block.gate(1))
     nobody = usage_weighted_base(block, torch.zeros(3, dtype=torch.float64))
     torch.testing.assert_close(nobody.down_DF, block.down_EDF.float().mean(0))

@@ -44,9 +44,9 @@ def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[
         "attention.key_length": mixer.head_dim,
         "attention.value_length": mixer.head_dim,
         "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
-        "rope.freq_base": spec.rope.theta,
-        "rope.dimension_count": spec.rope.width,
     }
+    if spec.rope is not None:
+        values |= {"rope.freq_base": spec.rope.theta, "rope.dimension_count": spec.rope.width}
     if spec.n_experts:
         values |= {"expert_count": spec.n_experts, "expert_used_count": spec.top_k}
     return values | {"vocab_size": spec.vocab_size}

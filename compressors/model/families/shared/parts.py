@@ -104,7 +104,7 @@ def model(
 def layer(
     settings: FamilySettings,
     mixer: Mixer,
-    feed_forward: FeedForward,
+    feed_forward: FeedForward | None,
     tensors: Iterable[TensorSpec],
     *,
     residual_scale: float = 1.0,
@@ -114,7 +114,7 @@ def layer(
     Args:
         settings: the family's settings.
         mixer: the part that lets positions look at earlier ones.
-        feed_forward: the part that follows the mixer.
+        feed_forward: the part that follows the mixer; None: there is none.
         tensors: all tensors of the layer, in any order.
         residual_scale: the factor of the outputs of mixer and feed-forward.
     """

@@ -140,8 +140,7 @@ def dense_edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
     return {
         **_edited(spec, config, absent=_ONLY_WITH_EXPERTS),
         **dense_settings(spec),
-        "rope_scaling": None,
-        "rope_parameters": spec.rope.in_config(),
+        **({} if spec.rope is None else {"rope_scaling": None, "rope_parameters": spec.rope.in_config()}),
         "bos_token_id": spec.bos_token_id,
         "eos_token_id": list(ends) if len(ends) > 1 else (*ends, None)[0],
         "pad_token_id": spec.pad_token_id,

@@ -59,7 +59,7 @@ def _add_by_operator(layer: LayerNodes, routed: Routed, logits: str, normed: str
 
 
 def _add_experts(layer: LayerNodes, routed: Routed, routing: OperatorRouting, normed: str, output: str) -> str:
-    gate_up, down = layer.weight(Role.EXPERT_GATE), layer.weight(Role.EXPERT_DOWN)
+    gate_up, down = layer.weight(routed.input_roles[0]), layer.weight(Role.EXPERT_DOWN)
     attributes = {"k": routed.top_k, "normalize_routing_weights": int(routing.normalizes)}
     attributes |= operator_attributes(routed.glu)
     if gate_up.encoding.blocks is None:

@@ -40,11 +40,11 @@ def convolved(
     graph, prefix = layer.graph, f"{layer.prefix}{name}."
     before = graph.node("Transpose", [past], f"{prefix}inputs.past", perm=_CHANNELS_LAST)
     outputs = [f"{prefix}convolved", f"{prefix}convolved.unused"]
-    weight = layer.vector(Role.CONVOLUTION)
+    weight, bias = layer.vector(Role.CONVOLUTION), layer.vector(Role.CONVOLUTION_BIAS)
     assert weight is not None
     graph.node(
         "CausalConvWithState",
-        [inputs, weight, "", before],
+        [inputs, weight, bias or "", before],
         outputs,
         domain=MICROSOFT,
         activation=activation,

@@ -3,27 +3,25 @@
 The operator takes one token after the other, in compiled code: 300 tokens of a layer of Qwen3-Next take a twentieth of
 a second on one core, and eight times as long by a Scan.
 
-Padding is kept out of the states: it enters the convolution as zeros, it fades nothing and corrects nothing. The state
-is read before a new one is written, because onnxruntime-genai gives one buffer as input and output.
+Padding is kept out of the states: it enters the convolution as zeros, it fades nothing and corrects nothing.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import onnx
 
 from compressors.model.description.mixers import GatedDelta
-from compressors.model.description.onnx_cache import state_shapes
 from compressors.model.description.roles import Role
-from compressors.model.files.onnx_names import JOINED, STATES, cache_input, cache_output
+from compressors.model.files.onnx_names import JOINED, STATES, cache_output
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.mixers.convolution import convolved
+from exporter.writing.onnx.mixers.states import add_past_states, add_state_outputs, repeated_heads, side_by_side
 from exporter.writing.onnx.padding import AttentionMask, RecurrentTokens
 from exporter.writing.onnx.weights import LayerNodes
 
 __all__ = ["GatedDeltaNodes"]
 
-_FLOAT = onnx.TensorProto.FLOAT
+_NAME = "delta"
 
 
 class GatedDeltaNodes:
@@ -36,16 +34,16 @@ class GatedDeltaNodes:
         """Adds projections, the convolution, the rule, and the norm of its output with its gate."""
         tokens, graph, prefix = mask.recurrent, layer.graph, layer.prefix
         assert tokens is not None
-        past_inputs, past_state = self._past(layer)
+        past_inputs, past_state = add_past_states(layer, self._mixer)
         kept = graph.node("Mul", [normed, tokens.kept], f"{prefix}delta.input")
         inputs, gate = self._inputs(layer, kept)
-        outputs = convolved(
-            layer, inputs, past_inputs, tokens, name="delta", kernel=self._mixer.kernel, activation="silu"
+        channels = convolved(
+            layer, inputs, past_inputs, tokens, name=_NAME, kernel=self._mixer.kernel, activation="silu"
         )
         decay, strength = self._decay_and_strength(layer, kept, tokens)
         recalled = graph.node(
             "LinearAttention",
-            [*self._heads(layer, outputs), past_state, decay, strength],
+            [*self._heads(layer, channels), past_state, decay, strength],
             [f"{prefix}delta.recalled", cache_output(layer.index, STATES[1])],
             domain=MICROSOFT,
             q_num_heads=self._mixer.n_key_heads,
@@ -58,15 +56,7 @@ class GatedDeltaNodes:
 
     def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
         """Declares the convolution's last inputs and the state."""
-        for kind, shape in zip(STATES, state_shapes(self._mixer), strict=True):
-            graph.add_output(cache_output(layer, kind), _FLOAT, ["batch", *shape])
-
-    def _past(self, layer: LayerNodes) -> list[str]:
-        """Adds the inputs of both states."""
-        return [
-            layer.graph.add_input(cache_input(layer.index, kind), _FLOAT, ["batch", *shape])
-            for kind, shape in zip(STATES, state_shapes(self._mixer), strict=True)
-        ]
+        add_state_outputs(graph, layer, self._mixer)
 
     def _inputs(self, layer: LayerNodes, values: str) -> tuple[str, str]:
         """The convolution's inputs, which are queries, keys and values of all heads, and the gates of the output."""
@@ -83,23 +73,16 @@ class GatedDeltaNodes:
         """Cuts values that lie together by key head into those of all heads."""
         by_head = layer.graph.constant("shape.by_key_head", [0, 0, self._mixer.n_key_heads, -1])
         grouped = layer.graph.node("Reshape", [values, by_head], f"{values}.grouped")
-        return [self._side_by_side(layer, part) for part in layer.split(grouped, lengths, "parts")]
+        return [side_by_side(layer, part) for part in layer.split(grouped, lengths, "parts")]
 
-    def _side_by_side(self, layer: LayerNodes, heads: str) -> str:
-        together = layer.graph.constant("shape.side_by_side", [0, 0, -1])
-        return layer.graph.node("Reshape", [heads, together], f"{heads}.side_by_side")
-
-    def _heads(self, layer: LayerNodes, convolved: str) -> tuple[str, str, str]:
+    def _heads(self, layer: LayerNodes, channels: str) -> tuple[str, str, str]:
         """Queries of length 1, keys of length 1 for each value head, and values, side by side."""
-        mixer, graph = self._mixer, layer.graph
+        mixer = self._mixer
         of_keys = mixer.n_key_heads * mixer.key_dim
-        query, key, value = layer.split(convolved, [of_keys, of_keys, mixer.width], "parts")
+        query, key, value = layer.split(channels, [of_keys, of_keys, mixer.width], "parts")
         query, key = self._of_length_1(layer, query), self._of_length_1(layer, key)
-        if mixer.n_value_heads > mixer.n_key_heads:
-            owners = np.repeat(np.arange(mixer.n_key_heads), mixer.n_value_heads // mixer.n_key_heads)
-            indices = graph.constant("delta.key_of_value_head", owners)
-            key = graph.node("Gather", [key, indices], f"{key}.repeated", axis=2)
-        return self._side_by_side(layer, query), self._side_by_side(layer, key), value
+        key = repeated_heads(layer, key, "delta.key_of_value_head", mixer.n_key_heads, mixer.n_value_heads)
+        return side_by_side(layer, query), side_by_side(layer, key), value
 
     def _of_length_1(self, layer: LayerNodes, values: str) -> str:
         """Each head by itself, divided by its length, which an RMS norm does: [batch, sequence, heads, key_dim]."""

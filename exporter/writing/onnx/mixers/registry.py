@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mixer, ShortConvolution
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, Mixer, ShortConvolution
 from exporter.writing.onnx.builder import GraphBuilder
 from exporter.writing.onnx.mixers.gated_delta import GatedDeltaNodes
 from exporter.writing.onnx.mixers.grouped_query import GroupedQueryNodes
 from exporter.writing.onnx.mixers.latent import LatentNodes
+from exporter.writing.onnx.mixers.mamba2 import Mamba2Nodes
 from exporter.writing.onnx.mixers.short_convolution import ShortConvolutionNodes
 from exporter.writing.onnx.padding import AttentionMask
 from exporter.writing.onnx.weights import LayerNodes
@@ -40,6 +41,7 @@ _NODES: Mapping[type, Callable[[Any], MixerNodes]] = {
     GroupedQuery: GroupedQueryNodes,
     Latent: LatentNodes,
     GatedDelta: GatedDeltaNodes,
+    Mamba2: Mamba2Nodes,
     ShortConvolution: ShortConvolutionNodes,
 }
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import onnx
-
 from compressors.model.description.mixers import ShortConvolution
-from compressors.model.description.onnx_cache import state_shapes
 from compressors.model.description.roles import Role
-from compressors.model.files.onnx_names import STATES, cache_input, cache_output
 from exporter.writing.onnx.builder import GraphBuilder
 from exporter.writing.onnx.mixers.convolution import convolved
+from exporter.writing.onnx.mixers.states import add_past_states, add_state_outputs
 from exporter.writing.onnx.padding import AttentionMask
 from exporter.writing.onnx.weights import LayerNodes
 
 __all__ = ["ShortConvolutionNodes"]
 
-_FLOAT = onnx.TensorProto.FLOAT
 _NAME = "short"
 
 
@@ -24,13 +20,12 @@ class ShortConvolutionNodes:
 
     def __init__(self, mixer: ShortConvolution) -> None:
         self._mixer = mixer
-        (self._shape,) = state_shapes(mixer)
 
     def add(self, layer: LayerNodes, normed: str, mask: AttentionMask) -> str:
         """Adds the projection, the convolution of values times first gates, and the product with the second gates."""
         tokens, graph, prefix = mask.recurrent, layer.graph, f"{layer.prefix}{_NAME}"
         assert tokens is not None
-        past = graph.add_input(cache_input(layer.index, STATES[0]), _FLOAT, ["batch", *self._shape])
+        (past,) = add_past_states(layer, self._mixer)
         kept = graph.node("Mul", [normed, tokens.kept], f"{prefix}.input")
         projected = layer.linear(Role.MIXER_INPUT, kept, f"{prefix}.projected")
         first, second, values = layer.split(projected, [self._mixer.channels] * 3, "parts")
@@ -41,4 +36,4 @@ class ShortConvolutionNodes:
 
     def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
         """Declares the convolution's last inputs."""
-        graph.add_output(cache_output(layer, STATES[0]), _FLOAT, ["batch", *self._shape])
+        add_state_outputs(graph, layer, self._mixer)

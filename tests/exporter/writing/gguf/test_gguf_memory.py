@@ -12,12 +12,12 @@ import pytest
 
 from compressors.model.config.reading import read_spec
 from compressors.model.description.feed_forward import Dense, Shared
-from compressors.model.description.mixers import GroupedQuery, ShortConvolution
+from compressors.model.description.mixers import GroupedQuery, Mamba2, ShortConvolution
 from compressors.model.description.spec import LayerSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
-from exporter.writing.gguf.memory import predict_runtime_bytes
+from exporter.writing.gguf.memory import _graph_bytes, predict_runtime_bytes
 from exporter.writing.gguf.writer import write_gguf
 from tests.altered import altered
 
@@ -96,6 +96,27 @@ def test_a_short_convolution_keeps_its_last_inputs_instead_of_a_cache(fine_folde
         predict_runtime_bytes(replace(spec, layers=each), 1000, 512, "f16") for each in (layers, layers[1:])
     )
     assert lines["kv_cache"] == others["kv_cache"] + 4 * 2 * spec.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("sizes", "measured"),
+    [
+        ((512, 16, 1, 128), 16.07),  # hidden size, heads of 64, groups and values of a key; MiB
+        ((512, 16, 8, 128), 24.61),
+        ((1024, 32, 1, 64), 29.87),
+        ((1024, 32, 2, 256), 34.64),
+    ],
+)
+def test_mamba_2_takes_as_much_as_llama_cpp_says(
+    fine_folder: Path, sizes: tuple[int, int, int, int], measured: float
+) -> None:
+    """The numbers are its "CPU compute buffer size" for batches of 512 tokens, with 4,096 tokens in the vocabulary."""
+    hidden_size, n_heads, n_groups, key_dim = sizes
+    spec = altered(read_spec(fine_folder), vocab_size=4096)
+    mixer = Mamba2(n_heads, n_groups, head_dim=64, key_dim=key_dim, kernel=4)
+    layers = tuple(replace(layer, mixer=mixer, hidden_size=hidden_size) for layer in spec.layers)
+    found = _graph_bytes(replace(spec, hidden_size=hidden_size, layers=layers), 512, "f16") / 2**20
+    assert measured <= found <= 1.1 * measured
 
 
 def test_dense_layers_and_shared_experts_count_with_their_width(fine_folder: Path) -> None:

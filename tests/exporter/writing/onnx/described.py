@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from compressors.model.description.feed_forward import Dense, FeedForward, Routed, Shared
 from compressors.model.description.glu import Glu
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mixer, QkNorm
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mamba2, Mixer, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import LayerSpec, ModelSpec, Place
 from compressors.model.description.tensors import GgufTensor, Kind, NormKind, TensorSpec
-from compressors.model.families.shared import latent, parts
+from compressors.model.families.shared import latent, mamba2, parts
 from compressors.model.files.onnx_blocks import pack
 from exporter.writing.onnx.graph import build_model
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, plan_tensors
@@ -73,6 +73,8 @@ def _mixer_tensors(mixer: Mixer, *, is_grouped: bool) -> list[TensorSpec]:
     if isinstance(mixer, GroupedQuery):
         queries = "P" if mixer.query_has_gates else "Q"
         return [*parts.norms(), *parts.attention_matrices(queries=queries)]
+    if isinstance(mixer, Mamba2):
+        return [*parts.norms(), *mamba2.tensors(f"{_LAYER}mamba.", has_bias=mixer.n_groups > 1)]
     inputs = _GROUPED_INPUTS if is_grouped else _INPUTS
     matrices = {**inputs, Role.MIXER_OUTPUT: ("out_proj", ("D", "Y"))}
     delta = f"{_LAYER}linear_attn."
@@ -172,6 +174,8 @@ def random_folder(spec: ModelSpec, folder: Path, preset: str, encodings: Mapping
 def _put_rotary(data: npt.NDArray[np.uint8], layout: TensorLayout) -> None:
     spec = layout.spec
     rows = np.arange(spec.context_length, dtype=np.float32)[:, None]
+    if spec.rope is None:
+        return
     angles = rows * spec.rope.inverse_frequencies(spec.context_length).numpy()
     cosine, sine = layout.rotaries[spec.rope]
     put_values(data, cosine, np.cos(angles))
@@ -236,6 +240,8 @@ class Reference:
             return self._latent_attention(mixer, normed_TD, layer)
         if isinstance(mixer, GatedDelta):
             return self._gated_delta(mixer, normed_TD, layer)
+        if isinstance(mixer, Mamba2):
+            return self._mamba2(mixer, normed_TD, layer)
         assert isinstance(mixer, GroupedQuery)
         query, key, value = (
             self._linear(normed_TD, role, layer, bias)
@@ -265,14 +271,39 @@ class Reference:
         pieces = np.split(values.reshape(len(values), n_groups, -1), places, axis=-1)
         return [piece.reshape(len(values), -1) for piece in pieces]
 
+    def _convolved(self, inputs: Floats, layer: int) -> Floats:
+        taps = self.weights[Role.CONVOLUTION, layer][:, 0].T
+        padded = np.concatenate([np.zeros((len(taps) - 1, inputs.shape[1]), np.float32), inputs])
+        found = sum(padded[place : place + len(inputs)] * tap for place, tap in enumerate(taps))
+        found = found + self.weights.get((Role.CONVOLUTION_BIAS, layer), 0)
+        return np.asarray(found / (1 + np.exp(-found)))
+
+    def _mamba2(self, mixer: Mamba2, normed_TD: Floats, layer: int) -> Floats:
+        """A token at a time."""
+        both, n_tokens = self._linear(normed_TD, Role.MIXER_INPUT, layer), len(normed_TD)
+        gate, inputs, step = np.split(both, [mixer.width, mixer.width + mixer.channels], axis=-1)
+        step = np.log1p(np.exp(step + self.weights[Role.DECAY_BIAS, layer]))
+        left = np.exp(-step * np.exp(self.weights[Role.DECAY_LOGARITHM, layer]))
+        width, of_keys = mixer.width, mixer.n_groups * mixer.key_dim
+        value, *of_groups = np.split(self._convolved(inputs, layer), [width, width + of_keys], axis=-1)
+        heads_each = mixer.n_heads // mixer.n_groups
+        key, query = (np.repeat(each.reshape(n_tokens, mixer.n_groups, -1), heads_each, axis=1) for each in of_groups)
+        value = value.reshape(n_tokens, mixer.n_heads, -1)
+        state, found = np.zeros((mixer.n_heads, mixer.head_dim, mixer.key_dim), np.float32), np.zeros_like(value)
+        for token in range(n_tokens):
+            added = np.einsum("hv,hk->hvk", value[token] * step[token, :, None], key[token])
+            state = state * left[token, :, None, None] + added
+            found[token] = np.einsum("hvk,hk->hv", state, query[token])
+        found = found + value * self.weights[Role.MIXER_SKIP, layer][:, None]
+        gated = (found.reshape(n_tokens, -1) * gate / (1 + np.exp(-gate))).reshape(n_tokens, mixer.n_groups, -1)
+        unit = gated / np.sqrt(np.square(gated).mean(-1, keepdims=True) + self.spec.rms_norm_eps)
+        return self._linear(unit.reshape(n_tokens, -1) * self.weights[Role.MIXER_NORM, layer], Role.MIXER_OUTPUT, layer)
+
     def _gated_delta(self, mixer: GatedDelta, normed_TD: Floats, layer: int) -> Floats:
         """A token at a time."""
         n_tokens, width = len(normed_TD), mixer.key_dim
         inputs, gate, strength, decay = self._inputs_of_delta(mixer, normed_TD, layer)
-        padded = np.concatenate([np.zeros_like(inputs[: mixer.kernel - 1]), inputs])
-        taps = self.weights[Role.CONVOLUTION, layer][:, 0].T
-        convolved = sum(padded[place : place + n_tokens] * tap for place, tap in enumerate(taps))
-        convolved = convolved / (1 + np.exp(-convolved))
+        convolved = self._convolved(inputs, layer)
         *keys, value = np.split(convolved, [mixer.n_key_heads * width, 2 * mixer.n_key_heads * width], axis=-1)
         heads = (of_keys.reshape(n_tokens, -1, width) for of_keys in keys)
         units = (values / np.sqrt(np.square(values).sum(-1, keepdims=True) + 1e-6) for values in heads)
@@ -383,8 +414,10 @@ def _attended(
     return np.asarray(attended.reshape(len(query), -1))
 
 
-def _rotated(values_THd: Floats, rope: Rope) -> Floats:
+def _rotated(values_THd: Floats, rope: Rope | None) -> Floats:
     """Turns the first values of each head: neighbours together, or those of one half with those of the other."""
+    if rope is None:
+        return values_THd
     if rope.interleaved:
         turned_THd = np.concatenate([values_THd[..., : rope.width : 2], values_THd[..., 1 : rope.width : 2]], axis=-1)
         turned_THd = _rotated(turned_THd, replace(rope, interleaved=False))

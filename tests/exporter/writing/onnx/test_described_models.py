@@ -14,7 +14,7 @@ import torch
 
 from compressors.model.description.feed_forward import Dense, Routed, Shared
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import GatedDelta, Latent, Mixer, OutputGate, QkNorm
+from compressors.model.description.mixers import GatedDelta, Latent, Mamba2, Mixer, OutputGate, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import ModelSpec, Place
@@ -116,6 +116,18 @@ def _recurrent(spec: ModelSpec) -> ModelSpec:
     )
 
 
+def _mamba(spec: ModelSpec) -> ModelSpec:
+    """Mamba-2 whose heads are one group, two, or a group each; attention that turns nothing."""
+    block = _routed(Routing(), shared=Shared(32))
+    mixers = (
+        attention(rope=None),
+        Mamba2(n_heads=4, n_groups=2, head_dim=16, key_dim=32, kernel=4),
+        Mamba2(n_heads=6, n_groups=1, head_dim=16, key_dim=16, kernel=3),
+        Mamba2(n_heads=2, n_groups=2, head_dim=32, key_dim=16, kernel=2),
+    )
+    return with_layers(spec, *(described_layer(mixer, block, _HIDDEN) for mixer in mixers))
+
+
 def _mixed(spec: ModelSpec) -> ModelSpec:
     """Heads, rotary width, rules and functions that differ from layer to layer; one layer has no feed-forward."""
     rope = replace(attention().rope, width=16)
@@ -151,6 +163,7 @@ _MODELS: dict[str, Callable[[ModelSpec], ModelSpec]] = {
     "biased experts": _biased_experts,
     "latent attention": _latent,
     "recurrent": _recurrent,
+    "Mamba-2": _mamba,
     "mixed layers": _mixed,
     "with factors": _with_factors,
 }
@@ -337,7 +350,13 @@ def test_wrong_constants_are_named(base: ModelSpec, tmp_path: Path) -> None:
     of_states = ("split.delta.convolved.parts", "split.delta.projected.grouped.parts", "convolution.last_3")
     of_states += ("split.delta.strength_and_decay.grouped.parts", "shape.by_key_head", "shape.side_by_side")
     of_states += ("delta.unit_scales", "delta.key_of_value_head", "shape.gated_heads", "norm.one")
-    of_mixers = (*((name, _latent) for name in of_heads), *((name, _recurrent) for name in of_states))
+    of_mamba = ("mamba.group_of_head", "mamba.unit_scales", "shape.by_group", "shape.by_head", "axis.last")
+    of_mamba += ("split.mamba.projected.parts", "split.mamba.convolved.parts")
+    of_mixers = (
+        *((name, _mamba) for name in of_mamba),
+        *((name, _latent) for name in of_heads),
+        *((name, _recurrent) for name in of_states),
+    )
     for name, model in (*of_routing, *of_mixers):
         spec = model(base)
         random_folder(spec, tmp_path, "F32")
@@ -373,6 +392,9 @@ def _cached_values(mixer: Mixer, n_tokens: int) -> int:
     if isinstance(mixer, GatedDelta):
         channels = 2 * mixer.n_key_heads * mixer.key_dim + mixer.n_value_heads * mixer.value_dim
         return mixer.n_value_heads * mixer.key_dim * mixer.value_dim + (mixer.kernel - 1) * channels
+    if isinstance(mixer, Mamba2):
+        width, of_keys = mixer.n_heads * mixer.head_dim, mixer.n_groups * mixer.key_dim
+        return width * mixer.key_dim + (mixer.kernel - 1) * (width + 2 * of_keys)
     return n_tokens * 2 * mixer.n_kv_heads * mixer.head_dim
 
 
@@ -405,7 +427,7 @@ _GEGLU = Glu(Activation.GELU_TANH)
 @pytest.mark.parametrize(
     ("glu", "routing", "vectors", "named"),
     [
-        (Glu(Activation.RELU_SQUARED, is_gated=False), Routing(), (), "without a gate.*relu2"),
+        (Glu(Activation.GELU_TANH, is_gated=False), Routing(), (), "without a gate.*gelu_pytorch_tanh"),
         (_GEGLU, _SIGMOID, (), "one rule for experts that no operator computes; this model's is sigmoid"),
         (_GEGLU, Routing(), _EXPERT_BIASES, "biases of such experts"),
     ],
