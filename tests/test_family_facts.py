@@ -70,7 +70,7 @@ _ANOTHER_MEANING = {
     "exporter/inspection.py": {"feed_forward"},
     "exporter/writing/onnx/blocks/dense.py": {"feed_forward"},
     # llama.cpp's names for tokenizers
-    "exporter/writing/gguf/vocabulary/pre_tokenizer_table.py": {"afmoe"},
+    "compressors/model/files/gguf/pre_tokenizers.py": {"afmoe"},
     "exporter/writing/gguf/vocabulary/sentencepiece.py": {"gemma4"},
     "validate/vocabulary/special_token_check.py": {"gemma4"},
     # names in our recipes
