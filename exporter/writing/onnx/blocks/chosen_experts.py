@@ -1,10 +1,9 @@
 """Routed experts by nodes, for functions that ONNX Runtime's operators for experts do not compute on the CPU.
 
 The rows of all tokens are sorted by their experts, and each expert multiplies its own rows, of which there may be none:
-products of no rows cost next to nothing. With 128 experts in 6 layers, 8 for each token, at 4 bits and one thread, a
-step of such a model takes 1.3 times as long as with QMoE's SwiGLU (medians of 63 against 45 ms, least 39 against 31),
-and a prompt of 256 tokens as long. One layer of 64 experts as large as Gemma 4's takes 18 ms against 10. To gather the
-chosen experts' codes and widen them, by operators that can, takes 15 times as long.
+products of no rows cost next to nothing. A step of a model takes 1.3 times as long as with QMoE's SwiGLU, and a prompt
+1.06 times (``benchmarks/results/onnx_experts.md``). To gather the chosen experts' codes and widen them, by operators
+that can, takes 15 times as long.
 
 Letters: R rows, one for each token and each of its experts.
 """

@@ -119,7 +119,7 @@ def _block_alone(layout: TensorLayout, hidden: int) -> onnx.ModelProto:
     x = graph.add_input("x", onnx.TensorProto.FLOAT, ["batch", "sequence", hidden])
     nodes = LayerNodes(graph, WeightNodes(graph, layout), layer, 0, layout.spec.context_length)
     assert layer.routed is not None
-    graph.add_output(add_routed(nodes, layer.routed, x), onnx.TensorProto.FLOAT, ["batch", "sequence", hidden])
+    graph.add_output(add_routed(nodes, layer.routed, x, x), onnx.TensorProto.FLOAT, ["batch", "sequence", hidden])
     return graph.model("block")
 
 
@@ -155,10 +155,15 @@ def test_nodes_compute_the_function(tmp_path: Path, glu: Glu) -> None:
 
 
 @pytest.mark.parametrize(
-    "glu", [Glu(), Glu(alpha=1.702, limit=2.0, offset=1.0), Glu(limit=1.0), Glu(offset=0.5)], ids=str
+    "glu",
+    [
+        *(Glu(), Glu(alpha=1.702, limit=2.0, offset=1.0), Glu(limit=1.0), Glu(offset=0.5)),
+        *(Glu(Activation.GELU_TANH), Glu(Activation.GELU_TANH, limit=1.0, offset=0.5)),
+    ],
+    ids=str,
 )
-def test_the_operator_computes_the_function(base: ModelSpec, tmp_path: Path, glu: Glu) -> None:
-    """All tokens go to the only expert; gate, up and down are small whole numbers."""
+def test_the_experts_compute_the_function(base: ModelSpec, tmp_path: Path, glu: Glu) -> None:
+    """All tokens go to the only expert; gate, up and down are small whole numbers. The last two need nodes."""
     block = Routed(1, 1, 32, Routing(), glu)
     spec = with_layers(base, described_layer(attention(), block, 64))
     spec = replace(spec, family=replace(spec.family, dense=None))
