@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,10 +97,10 @@ def test_keys_may_be_missing_where_llama_cpp_takes_the_same_values(written: Path
     assert GgufSource(tmp_path / "x.gguf").spec == source.spec
 
 
-@pytest.mark.parametrize("family", ["glm4_moe"], indirect=True)
+@pytest.mark.parametrize("family", ["glm4_moe", "qwen3_next"], indirect=True)
 def test_layers_for_several_tokens_at_once_are_read_past(written: Path, tmp_path: Path) -> None:
     """As llama.cpp's converter writes them: behind the last layer, and counted among all."""
-    whole = GgufSource(written)
+    whole, file = GgufSource(written), GgufFile(written)
     n_layers, behind = whole.spec.n_layers, f"blk.{whole.spec.n_layers}."
     more = {
         tensor.name.replace(f"blk.{n_layers - 1}.", behind): (tensor.data, tensor.tensor_type)
@@ -107,9 +108,13 @@ def test_layers_for_several_tokens_at_once_are_read_past(written: Path, tmp_path
         if tensor.name.startswith(f"blk.{n_layers - 1}.")
     }
     more[f"{behind}nextn.eh_proj.weight"] = (np.ones((64, 128), dtype=np.float32), GGMLQuantizationType.F32)
-    counts = {"glm4moe.block_count": n_layers + 1, "glm4moe.nextn_predict_layers": 1}
-    path = tmp_path / "mtp.gguf"
-    copy_gguf(written, path, {key: (count, GGUFValueType.UINT32) for key, count in counts.items()}, more)
+    architecture, path = whole.family.gguf.architecture, tmp_path / "mtp.gguf"
+    counts = {f"{architecture}.block_count": n_layers + 1, f"{architecture}.nextn_predict_layers": 1}
+    changes: dict[str, Any] = {key: (count, GGUFValueType.UINT32) for key, count in counts.items()}
+    if (kinds := file.metadata.get(f"{architecture}.attention.recurrent_layers")) is not None:
+        items = [*kinds, False], GGUFValueType.ARRAY, GGUFValueType.BOOL
+        changes[f"{architecture}.attention.recurrent_layers"] = items
+    copy_gguf(written, path, changes, more)
     source = GgufSource(path)
     assert source.spec == whole.spec
     assert source.parts_read_past == {"layers for predicting several tokens at once (MTP)": len(more)}

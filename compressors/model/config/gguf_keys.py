@@ -80,11 +80,11 @@ class GgufKeys:
         return value
 
     def by_layer(self, key: str, n_layers: int) -> tuple[int, ...]:
-        """A number, or true and false, for each layer."""
+        """A number, or true and false, for each of the first layers; behind them may be such as are not read."""
         value = self.get(key)
-        if not isinstance(value, tuple) or len(value) != n_layers:
+        if not isinstance(value, tuple) or len(value) not in (n_layers, self.count("block_count")):
             raise self._wrong(key, f"an array with an entry for each of {n_layers} layers")
-        return value
+        return value[:n_layers]
 
     def has_tensor(self, name: str) -> bool:
         """True if the file has a tensor of this name, with ``{layer}`` for any layer."""
