@@ -46,12 +46,15 @@ def _report(overlap: float, after: float) -> dict[str, Any]:
         row | {"artifact": name, "runtime": name, "floor": {"same_weights": floor}}
         for name, row in zip(("gguf", "onnx"), rows, strict=True)
     ]
-    rung = {"selection_kld_before": 0.5, "selection_kld_after": after, "tokens": 1000, "seconds": 2.0}
+    rung = {"rung": "router", "tokens": 1000, "learning_rate": 0.1, "accepted": True}
+    routers = rung | {"selection_kld_before": 0.5, "selection_kld_after": 0.48}
+    experts = rung | {"selection_kld_before": 0.48, "selection_kld_after": after}
+    ruined = rung | {"selection_kld_before": after, "selection_kld_after": 9.0, "accepted": False}
     return {
         "source": {"bytes": 7_000_000},
         "artifacts": [{"format": name, "bytes": 1_000_000} for name in ("gguf", "onnx")],
         "validation": [*rows, *files],
-        "recovery": [rung],
+        "recovery": [routers, experts, ruined],
     }
 
 
