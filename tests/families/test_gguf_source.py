@@ -21,6 +21,7 @@ from compressors.model.sources.gguf_source import GgufSource
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf
+from exporter.writing.onnx.writer import write_onnx
 from tests.families.conftest import logits_of
 from tests.families.rows import Row
 from tests.gguf_copies import copy_gguf
@@ -83,6 +84,19 @@ def test_pruned_it_computes_what_the_pruned_original_does(
         student = Student(source, ExpertMap.keeping(source.spec.n_experts, kept))
         found.append(logits_of(StreamedModel(student), blocks_BT))
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_onnx_is_made_of_it_as_of_the_original(original: Checkpoint, written: Path, row: Row, tmp_path: Path) -> None:
+    if "onnx" not in row.formats:
+        pytest.skip("the family has no ONNX files")
+    for name, source in (("original", original), ("file", GgufSource(written))):
+        write_onnx(Student.teacher(source), "F32", tmp_path / name, threads=1)
+    wanted, found = (
+        np.frombuffer((tmp_path / name / "model.onnx.data").read_bytes(), dtype=np.float32)
+        for name in ("original", "file")
+    )
+    # a norm's 1 that is added and taken away again, and a base in float32, cost a last bit
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_keys_may_be_missing_where_llama_cpp_takes_the_same_values(written: Path, tmp_path: Path) -> None:
