@@ -16,10 +16,12 @@ from dataclasses import replace
 from typing import Any
 
 from compressors.model.config.family_settings import ATTENTION_KINDS, FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue, SkippedPart
 from compressors.model.description.feed_forward import LostModule, Routed, Shared
+from compressors.model.description.gguf_rope import PLAIN_FACTORS
 from compressors.model.description.glu import Activation, Glu
 from compressors.model.description.mixers import GroupedQuery, QkNorm
 from compressors.model.description.roles import Role
@@ -28,7 +30,7 @@ from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.shared import parts, windowed, written_config
+from compressors.model.families.shared import from_gguf, parts, windowed, written_config
 from compressors.model.names import shown
 
 __all__ = ["FAMILY"]
@@ -57,6 +59,9 @@ _INTERVAL = 6
 
 _SIZES = frozenset({"head_dim", "num_key_value_heads"})
 """Settings of single layers."""
+
+_CAP = "final_logit_softcapping"
+"""The limit of logits: a key of both kinds of files."""
 
 _LAYER, _BLK = "model.layers.{layer}.", "blk.{layer}."
 _GLU = Glu(Activation.GELU_TANH)
@@ -310,7 +315,46 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
             f"rope.freq_base{end}": rope.theta,
             f"rope.dimension_count{end}": rope.width,
         }
-    return keys if spec.logit_cap is None else keys | {"final_logit_softcapping": spec.logit_cap}
+    return keys if spec.logit_cap is None else keys | {_CAP: spec.logit_cap}
+
+
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    """The settings; a file without a matrix for the values of its last layer takes them from the keys."""
+    model, n_layers = from_gguf.model_settings(keys), from_gguf.n_layers(keys)
+    has_windows = keys.by_layer("attention.sliding_window_pattern", n_layers)
+    n_kv_heads = keys.by_layer("attention.head_count_kv", n_layers)
+    by_kind = {bool(has_window): number for has_window, number in zip(has_windows, n_kv_heads, strict=True)}
+    full_head, sliding_head = keys.count("attention.key_length"), keys.count("attention.key_length_swa")
+    factors = keys.read(PLAIN_FACTORS) if keys.has_tensor(PLAIN_FACTORS) else None
+    share = 1.0 if factors is None else int((factors == 1).sum()) / len(factors)
+    ropes = {
+        _SLIDING: {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa")},
+        _FULL: {
+            "rope_type": "proportional",
+            "rope_theta": keys.number("rope.freq_base"),
+            "partial_rotary_factor": share,
+        },
+    }
+    return {
+        **{key: value for key, value in model.items() if key != "hidden_act"},
+        **from_gguf.window_settings(keys),
+        "hidden_activation": _GLU.activation.value,
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": keys.count("embedding_length_per_layer_input"),
+        "num_kv_shared_layers": keys.count("attention.shared_kv_layers"),
+        "num_attention_heads": keys.count("attention.head_count"),
+        "num_key_value_heads": by_kind.get(True, 1),
+        "head_dim": sliding_head,
+        "global_head_dim": full_head,
+        "num_global_key_value_heads": by_kind.get(False),
+        "attention_k_eq_v": not keys.has_tensor(f"blk.{n_layers - 1}.attn_v.weight"),
+        "intermediate_size": keys.count("feed_forward_length"),
+        "num_experts": keys.count("expert_count"),
+        "top_k_experts": keys.count("expert_used_count"),
+        "moe_intermediate_size": keys.count("expert_feed_forward_length"),
+        "final_logit_softcapping": keys.number(_CAP) if _CAP in keys else None,
+        "rope_parameters": ropes,
+    }
 
 
 def _refusal(spec: ModelSpec) -> str | None:
@@ -338,7 +382,7 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("gemma4", _keys, _refusal, takes_rope_factors=True),
+    gguf=GgufFamily("gemma4", _keys, _refusal, takes_rope_factors=True, settings=_from_gguf),
     skipped=(
         SkippedPart(r"model\.(vision_tower|audio_tower|embed_vision|embed_audio)\..*", "the parts that see and hear"),
     ),

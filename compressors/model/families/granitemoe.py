@@ -7,7 +7,7 @@ from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, DenseForm, Family, GgufFamily
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import from_gguf, granite, parts, written_config
+from compressors.model.families.shared import granite, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -36,17 +36,9 @@ _GRANITE = Family(
 )
 
 
-def _from_gguf(keys: GgufKeys) -> ConfigValues:
-    usual = from_gguf.usual_settings(
-        keys, n_experts="num_local_experts", width="intermediate_size", width_key="feed_forward_length"
-    )
-    return {
-        **usual,
-        "embedding_multiplier": keys.number("embedding_scale", 1.0),
-        "attention_multiplier": keys.number("attention.scale", usual["head_dim"] ** -0.5),
-        "residual_multiplier": keys.number("residual_scale", 1.0),
-        "logits_scaling": keys.number("logit_scale"),
-    }
+def _from_gguf(keys: GgufKeys) -> ConfigValues | None:
+    """The settings; files of this architecture with a shared expert are another family's."""
+    return None if "expert_shared_feed_forward_length" in keys else granite.from_keys(keys)
 
 
 FAMILY = Family(

@@ -7,13 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
+from compressors.model.config.gguf_rope_settings import rope_settings
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.feed_forward import Shared
 from compressors.model.description.mixers import GroupedQuery, Mamba2
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.shared import granite, llama_cpp, mamba2, written_config
+from compressors.model.families.shared import from_gguf, granite, llama_cpp, mamba2, written_config
 from compressors.model.names import shown
 
 __all__ = ["FAMILY"]
@@ -140,6 +142,28 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
     }
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    """The settings; files of whichever spelling say whether queries and keys are turned."""
+    model, head_dim = from_gguf.model_settings(keys), from_gguf.head_dim(keys)
+    n_kv_heads = keys.by_layer("attention.head_count_kv", model["num_hidden_layers"])
+    is_turned = keys.flag("rope.scaling.finetuned", default=True)
+    of_mamba = {"heads": "mamba_n_heads", "groups": "mamba_n_groups", "head_dim": "mamba_d_head"}
+    return {
+        **model,
+        **granite.factors_from_keys(keys),
+        **mamba2.from_keys(keys, **of_mamba, state="mamba_d_state", kernel="mamba_d_conv"),
+        **(rope_settings(keys, head_dim) if is_turned else {}),
+        "position_embedding_type": "rope" if is_turned else "nope",
+        "num_attention_heads": keys.count("attention.head_count"),
+        "num_key_value_heads": max(n_kv_heads),
+        "layer_types": [_ATTENDING if number else _RECURRENT for number in n_kv_heads],
+        "num_local_experts": keys.count("expert_count"),
+        "num_experts_per_tok": keys.count("expert_used_count"),
+        "intermediate_size": keys.count("feed_forward_length"),
+        "shared_intermediate_size": keys.count("expert_shared_feed_forward_length"),
+    }
+
+
 def _refusal(spec: ModelSpec) -> str | None:
     mixer = next((layer.mixer for layer in spec.layers if isinstance(layer.mixer, Mamba2)), None)
     if mixer is not None and mixer.width != 2 * spec.hidden_size:
@@ -156,5 +180,5 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("granitehybrid", _keys, _refusal, takes_rope_factors=True, switches_rope=True),
+    gguf=GgufFamily("granitehybrid", _keys, _refusal, takes_rope_factors=True, switches_rope=True, settings=_from_gguf),
 )

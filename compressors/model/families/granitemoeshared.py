@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.feed_forward import Shared
@@ -14,6 +15,7 @@ from compressors.model.families.shared import granite
 __all__ = ["FAMILY"]
 
 _DEFAULTS = {**granite.DEFAULTS, "shared_intermediate_size": 0}
+_SHARED_WIDTH = "expert_shared_feed_forward_length"
 
 
 def _read(file: Settings) -> ModelSpec:
@@ -39,7 +41,14 @@ def _settings(spec: ModelSpec) -> ConfigValues:
 
 def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
     width = _width(spec)
-    return granite.gguf_keys(spec) | ({"expert_shared_feed_forward_length": width} if width else {})
+    return granite.gguf_keys(spec) | ({_SHARED_WIDTH: width} if width else {})
+
+
+def _from_gguf(keys: GgufKeys) -> ConfigValues | None:
+    """The settings; files of this architecture without a shared expert are another family's."""
+    if _SHARED_WIDTH not in keys:
+        return None
+    return {**granite.from_keys(keys), "shared_intermediate_size": keys.count(_SHARED_WIDTH)}
 
 
 FAMILY = Family(
@@ -48,5 +57,5 @@ FAMILY = Family(
     read=_read,
     edited=granite.edited,
     settings=_settings,
-    gguf=GgufFamily("granitemoe", _keys, takes_rope_factors=True),
+    gguf=GgufFamily("granitemoe", _keys, takes_rope_factors=True, settings=_from_gguf),
 )

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue, SkippedPart
 from compressors.model.description.feed_forward import Dense, LostModule, Routed, Shared
@@ -23,7 +24,7 @@ from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import Fused, GgufTensor, TensorSpec
 from compressors.model.description.transforms import InterleaveRotary
 from compressors.model.errors import InputError
-from compressors.model.families.shared import expert_layers, mamba2, parts, written_config
+from compressors.model.families.shared import expert_layers, from_gguf, mamba2, parts, written_config
 from compressors.model.names import shown
 
 __all__ = ["FAMILY"]
@@ -317,6 +318,31 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
     return keys
 
 
+def _from_gguf(keys: GgufKeys) -> ConfigValues:
+    """The settings; a block is known by its key-value heads and its width."""
+    model = from_gguf.model_settings(keys, "layer_norm_epsilon")
+    n_kv_heads = keys.by_layer("attention.head_count_kv", model["num_hidden_layers"])
+    widths = keys.by_layer("feed_forward_length", model["num_hidden_layers"])
+    pattern = ("*" if heads else "E" if width else "M" for heads, width in zip(n_kv_heads, widths, strict=True))
+    of_mamba = {"heads": "mamba_num_heads", "groups": "n_groups", "head_dim": "mamba_head_dim"}
+    return {
+        **{key: value for key, value in model.items() if key != "hidden_act"},
+        **mamba2.from_keys(keys, **of_mamba, state="ssm_state_size", kernel="conv_kernel"),
+        _PATTERN: "".join(pattern),
+        "num_attention_heads": keys.count("attention.head_count"),
+        "num_key_value_heads": max(n_kv_heads),
+        "head_dim": from_gguf.head_dim(keys),
+        "n_routed_experts": keys.count("expert_count"),
+        "num_experts_per_tok": keys.count("expert_used_count"),
+        "moe_intermediate_size": keys.count("expert_feed_forward_length"),
+        "moe_shared_expert_intermediate_size": keys.count("expert_shared_feed_forward_length"),
+        "routed_scaling_factor": keys.number("expert_weights_scale", 1.0),
+        "norm_topk_prob": keys.flag("expert_weights_norm", default=False),
+        "n_group": keys.count("expert_group_count", 1),
+        "topk_group": keys.count("expert_group_used_count", 1),
+    }
+
+
 def _refusal(spec: ModelSpec) -> str | None:
     if any(isinstance(layer.feed_forward, Dense) for layer in spec.layers):
         return "graph has experts in all blocks without a mixer, and a block of this model has a dense feed-forward"
@@ -329,6 +355,6 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("nemotron_h_moe", _keys, _refusal, mixes_layers=True),
+    gguf=GgufFamily("nemotron_h_moe", _keys, _refusal, mixes_layers=True, settings=_from_gguf),
     skipped=(SkippedPart(r"mtp\..*", "layers for predicting several tokens at once (MTP)"),),
 )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.description.family import ConfigValues, GgufValue
 from compressors.model.description.feed_forward import LostModule, Routed, Shared
 from compressors.model.description.mixers import GroupedQuery, Mixer
@@ -14,7 +15,7 @@ from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import Fused, GgufTensor, TensorSpec
 from compressors.model.description.transforms import InterleaveRotary, UngroupedRows
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
 
 __all__ = [
     "ATTENTION",
@@ -25,6 +26,8 @@ __all__ = [
     "edited",
     "experts",
     "factors",
+    "factors_from_keys",
+    "from_keys",
     "gguf_factors",
     "gguf_keys",
     "layer",
@@ -162,6 +165,24 @@ def gguf_factors(spec: ModelSpec) -> dict[str, GgufValue]:
 def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
     """The keys of a model whose layers are equal."""
     return llama_cpp.usual_keys(spec) | gguf_factors(spec)
+
+
+def from_keys(keys: GgufKeys) -> dict[str, Any]:
+    """The settings of a model whose layers are equal, made of a file's keys: the inverse of :func:`gguf_keys`."""
+    usual = from_gguf.usual_settings(
+        keys, n_experts="num_local_experts", width="intermediate_size", width_key="feed_forward_length"
+    )
+    return usual | factors_from_keys(keys)
+
+
+def factors_from_keys(keys: GgufKeys) -> dict[str, float]:
+    """The settings of the factors, made of a file's keys: the inverse of :func:`gguf_factors`."""
+    return {
+        "embedding_multiplier": keys.number("embedding_scale", 1.0),
+        "attention_multiplier": keys.number("attention.scale", from_gguf.head_dim(keys) ** -0.5),
+        "residual_multiplier": keys.number("residual_scale", 1.0),
+        "logits_scaling": keys.number("logit_scale"),
+    }
 
 
 def _residual_scale(spec: ModelSpec) -> float:

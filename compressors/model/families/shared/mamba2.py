@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.description.family import GgufValue
 from compressors.model.description.mixers import Mamba2
 from compressors.model.description.roles import Role
@@ -15,7 +16,7 @@ from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.shared import parts
 from compressors.model.names import shown
 
-__all__ = ["gguf_keys", "head_counts", "limits", "mixer", "refuse_limits_of_steps", "tensors"]
+__all__ = ["from_keys", "gguf_keys", "head_counts", "limits", "mixer", "refuse_limits_of_steps", "tensors"]
 
 _GGUF = "blk.{layer}.ssm_"
 _OF_HEADS = ("N", "1")
@@ -107,6 +108,21 @@ def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
         "ssm.group_count": found.n_groups,
         "ssm.inner_size": found.width,
         "ssm.time_step_rank": found.n_heads,
+    }
+
+
+def from_keys(keys: GgufKeys, *, heads: str, groups: str, head_dim: str, state: str, kernel: str) -> dict[str, int]:
+    """The settings of the mixer, made of a file's keys: the inverse of :func:`gguf_keys`.
+
+    The arguments are the names of the settings, as for :func:`mixer`.
+    """
+    n_heads = keys.count("ssm.time_step_rank")
+    return {
+        heads: n_heads,
+        groups: keys.count("ssm.group_count"),
+        head_dim: keys.count("ssm.inner_size") // max(1, n_heads),
+        state: keys.count("ssm.state_size"),
+        kernel: keys.count("ssm.conv_kernel"),
     }
 
 
