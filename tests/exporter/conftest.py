@@ -37,8 +37,8 @@ def small_texts(
     """(calibration, held-out): the beginnings of two of the bundled files, cut at a blank line."""
     folder = tmp_path_factory.mktemp("text")
     for name, source, n_characters in (
-        ("calibration", calibration_folder, 90_000),
-        ("heldout", heldout_folder, 30_000),
+        ("calibration", calibration_folder, 45_000),
+        ("heldout", heldout_folder, 15_000),
     ):
         (folder / name).mkdir()
         for domain in ("encyclopedic", "religion"):

@@ -75,8 +75,8 @@ def test_onnx_refuses_what_its_graphs_do_not_compute(spec: ModelSpec) -> None:
     rope = replace(spec.rope, width=24)
     for model, said in (
         (
-            _with_experts_like(spec, glu=Glu(Activation.RELU_SQUARED, is_gated=False)),
-            "a gate whose activation is relu2",
+            _with_experts_like(spec, glu=Glu(Activation.GELU_TANH, is_gated=False)),
+            "a gate whose activation is gelu_pytorch_tanh",
         ),
         (replace(spec, layers=(short, *others)), "the convolution of this model covers one token"),
         (altered(spec, head_dim=40), "runs heads of a multiple of 16 values; this model's have 40"),
