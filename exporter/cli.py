@@ -264,7 +264,8 @@ def _name_failures(failures: Iterable[str]) -> None:
 
 def _refuse_unknown_family(model: str | None) -> None:
     """Refuses a local model of an unknown family at once, before the imports that take seconds."""
-    from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
+    with requests_wait():
+        from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
 
     if model is not None:
         refuse_unknown_family(Path(model).expanduser())

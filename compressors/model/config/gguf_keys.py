@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from compressors.model.description.family import GgufValue
 from compressors.model.errors import InputError
 from compressors.model.names import shown
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["GgufKeys"]
 

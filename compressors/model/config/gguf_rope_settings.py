@@ -8,18 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from compressors.model.config.gguf_keys import GgufKeys
-from compressors.model.description.gguf_rope import PLAIN_FACTORS
+from compressors.model.description.gguf_rope import PLAIN_FACTORS, SWITCH
 from compressors.model.description.rope import Rope, RopeKind, attention_multiplier
 from compressors.model.errors import UnsupportedError
 
-__all__ = ["rope_settings"]
+__all__ = ["is_turned", "rope_settings"]
 
 _LOW, _HIGH = 1.0, 4.0  # Llama's low_freq_factor and high_freq_factor
 _CONTEXTS = range(7, 24)
 _ROPE_BASE = 10_000.0  # the default of llama.cpp
+
+
+def is_turned(keys: GgufKeys) -> bool:
+    """True if queries and keys are turned, as they are where no key says so."""
+    return keys.flag(SWITCH, default=True)
 
 
 def rope_settings(keys: GgufKeys, width: int) -> dict[str, Any]:
@@ -89,7 +92,7 @@ def _llama3(keys: GgufKeys, theta: float, turned: int) -> dict[str, Any]:
             high_frequency_factor=_HIGH,
         )
         found = plain.inverse_frequencies(1) / rope.inverse_frequencies(1)
-        if factors.shape == found.shape and torch.allclose(found, factors, rtol=1e-6, atol=0):
+        if factors.shape == found.shape and found.allclose(factors, rtol=1e-6, atol=0):
             return {**rope.in_config(), "rope_type": "llama3"}
     raise UnsupportedError(
         f"{keys.path}: the factors of the rotary embedding in {PLAIN_FACTORS} are not those of Llama 3's rule, and the "

@@ -20,14 +20,15 @@ from compressors.model.description.rope import Rope, RopeKind, attention_multipl
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 
-__all__ = ["LONG_FACTORS", "PLAIN_FACTORS", "SHORT_FACTORS", "GgufRope", "gguf_rope", "gguf_rope_of", "yarn_constants"]
+__all__ = ["LONG_FACTORS", "PLAIN_FACTORS", "SHORT_FACTORS", "SWITCH"]
+__all__ += ["GgufRope", "gguf_rope", "gguf_rope_of", "yarn_constants"]
 
 PLAIN_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
     "rope_freqs.weight",
     "rope_factors_long.weight",
     "rope_factors_short.weight",
 )
-_SWITCH = "rope.scaling.finetuned"
+SWITCH = "rope.scaling.finetuned"
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # constants of llama.cpp's graphs
 _STILL = 1e30  # llama.cpp's converter divides by it where a pair is not turned
 _SAME = 1e-5  # relative; llama.cpp computes its frequencies in float32, by repeated multiplication
@@ -49,7 +50,7 @@ def gguf_rope_of(spec: ModelSpec) -> GgufRope:
     is needed, which some architectures have.
     """
     gguf = spec.written.family.gguf
-    switch = {_SWITCH: bool(spec.ropes)} if gguf.switches_rope else {}
+    switch = {SWITCH: bool(spec.ropes)} if gguf.switches_rope else {}
     if not spec.ropes:
         return GgufRope(switch)
     main, *others = (

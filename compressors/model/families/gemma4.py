@@ -120,6 +120,8 @@ _TENSORS = (
     _OF_LAYER,
 )
 
+(_VALUES,) = (tensor for tensor in _TENSORS if tensor.role is Role.VALUE)
+
 
 def _tensors(mixer: GroupedQuery) -> tuple[TensorSpec, ...]:
     """The tensors of a layer; one whose values are its keys has no matrix for them."""
@@ -347,7 +349,7 @@ def _from_gguf(keys: GgufKeys) -> ConfigValues:
         "head_dim": sliding_head,
         "global_head_dim": full_head,
         "num_global_key_value_heads": by_kind.get(False),
-        "attention_k_eq_v": not keys.has_tensor(f"blk.{n_layers - 1}.attn_v.weight"),
+        "attention_k_eq_v": not keys.has_tensor(_VALUES.gguf.name.format(layer=n_layers - 1)),
         "intermediate_size": keys.count("feed_forward_length"),
         "num_experts": keys.count("expert_count"),
         "top_k_experts": keys.count("expert_used_count"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.gguf_keys import GgufKeys
-from compressors.model.config.gguf_rope_settings import rope_settings
+from compressors.model.config.gguf_rope_settings import is_turned, rope_settings
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.feed_forward import Shared
@@ -146,14 +146,14 @@ def _from_gguf(keys: GgufKeys) -> ConfigValues:
     """The settings; files of whichever spelling say whether queries and keys are turned."""
     model, head_dim = from_gguf.model_settings(keys), from_gguf.head_dim(keys)
     n_kv_heads = keys.by_layer("attention.head_count_kv", model["num_hidden_layers"])
-    is_turned = keys.flag("rope.scaling.finetuned", default=True)
+    turns = is_turned(keys)
     of_mamba = {"heads": "mamba_n_heads", "groups": "mamba_n_groups", "head_dim": "mamba_d_head"}
     return {
         **model,
         **granite.factors_from_keys(keys),
         **mamba2.from_keys(keys, **of_mamba, state="mamba_d_state", kernel="mamba_d_conv"),
-        **(rope_settings(keys, head_dim) if is_turned else {}),
-        "position_embedding_type": "rope" if is_turned else "nope",
+        **(rope_settings(keys, head_dim) if turns else {}),
+        "position_embedding_type": "rope" if turns else "nope",
         "num_attention_heads": keys.count("attention.head_count"),
         "num_key_value_heads": max(n_kv_heads),
         "layer_types": [_ATTENDING if number else _RECURRENT for number in n_kv_heads],

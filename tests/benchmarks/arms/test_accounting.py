@@ -30,6 +30,7 @@ from compressors.model.sources.opening import open_source
 from compressors.quantize import quantize_rows
 from compressors.shrink.decompose import ActivationSvd, D2Moe, Mobe, SharedBases
 from compressors.shrink.decompose.d2_moe import D2MoeFactors
+from compressors.shrink.decompose.factors import ExpertMatrices
 from compressors.shrink.decompose.mobe import MobeFactors
 from compressors.shrink.decompose.svd import SvdFactors
 from compressors.shrink.moe_block import Evidence, MoeBlock
@@ -72,14 +73,12 @@ def _methods(shape: ExpertShape) -> list[tuple[ActivationSvd | D2Moe | Mobe, Fac
 
 def _stored_tensors(factors: object) -> list[torch.Tensor]:
     match factors:
-        case SvdFactors(gate, up, down):
-            return [tensor for part in (gate, up, down) for tensor in (part.left_EOr, part.right_ErI)]
+        case SvdFactors(of_inputs, down):
+            return [tensor for part in (*of_inputs, down) for tensor in (part.left_EOr, part.right_ErI)]
         case D2MoeFactors(base, deltas):
-            return [*base, *_stored_tensors(deltas)]
-        case MobeFactors(gate, up, down_EDF):
-            return [tensor for part in (gate, up) for tensor in (part.own_EFr, part.mix_EM, part.bases_MrD)] + [
-                down_EDF
-            ]
+            return [*base.of_inputs, base.down_DF, *_stored_tensors(deltas)]
+        case MobeFactors(of_inputs, down_EDF):
+            return [tensor for part in of_inputs for tensor in (part.own_EFr, part.mix_EM, part.bases_MrD)] + [down_EDF]
     raise AssertionError(factors)
 
 
@@ -103,7 +102,7 @@ def _one_token(block: MoeBlock, factors: object, token_1D: torch.Tensor) -> tupl
                 output = _svd_token(factors, None, chosen, gates, token_1D)
             case D2MoeFactors(base, deltas):
                 output = _svd_token(deltas, base, chosen, gates, token_1D)
-            case MobeFactors(gate, up, down_EDF):
+            case MobeFactors((gate, up), down_EDF):
                 output = torch.zeros_like(token_1D)
                 for expert, weight in zip(chosen, gates, strict=True):
                     hidden = silu(_mobe_token(gate, expert, token_1D)) * _mobe_token(up, expert, token_1D)
@@ -112,17 +111,18 @@ def _one_token(block: MoeBlock, factors: object, token_1D: torch.Tensor) -> tupl
 
 
 def _svd_token(
-    factors: SvdFactors, base: object, chosen: list[int], gates: torch.Tensor, token_1D: torch.Tensor
+    factors: SvdFactors, base: ExpertMatrices | None, chosen: list[int], gates: torch.Tensor, token_1D: torch.Tensor
 ) -> torch.Tensor:
-    shared_gate, shared_up = (0.0, 0.0) if base is None else (token_1D @ base[0].T, token_1D @ base[1].T)
+    shared_gate, shared_up = (0.0, 0.0) if base is None else (token_1D @ matrix.T for matrix in base.of_inputs)
+    of_gate, of_up = factors.of_inputs
     output, hidden_sum = torch.zeros_like(token_1D), 0.0
     for expert, weight in zip(chosen, gates, strict=True):
-        gate = token_1D @ factors.gate.right_ErI[expert].T @ factors.gate.left_EOr[expert].T + shared_gate
-        up = token_1D @ factors.up.right_ErI[expert].T @ factors.up.left_EOr[expert].T + shared_up
+        gate = token_1D @ of_gate.right_ErI[expert].T @ of_gate.left_EOr[expert].T + shared_gate
+        up = token_1D @ of_up.right_ErI[expert].T @ of_up.left_EOr[expert].T + shared_up
         hidden = weight * silu(gate) * up
         hidden_sum = hidden_sum + hidden
         output += hidden @ factors.down.right_ErI[expert].T @ factors.down.left_EOr[expert].T
-    return output if base is None else output + hidden_sum @ base[2].T
+    return output if base is None else output + hidden_sum @ base.down_DF.T
 
 
 def _mobe_token(bases: SharedBases, expert: int, token_1D: torch.Tensor) -> torch.Tensor:
