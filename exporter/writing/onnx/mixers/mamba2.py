@@ -60,7 +60,7 @@ class Mamba2Nodes:
         return graph.node("Mul", [softplus, tokens.kept], prefix)
 
     def _recalled(self, layer: LayerNodes, inputs: tuple[str, str, str, str], step: str) -> str:
-        """What the queries find in the states, of all heads side by side, and the new states."""
+        """Returns what the queries find in the states, all heads side by side, and the new states."""
         graph, mixer, prefix = layer.graph, self._mixer, f"{layer.prefix}{_NAME}."
         query, key, heads, past_state = inputs
         logarithm = layer.vector(Role.DECAY_LOGARITHM)
