@@ -68,8 +68,8 @@ _MTP = {
 }
 """What the names in a layer for predicting several tokens begin with, and what it has beside a usual layer's."""
 
-_WITHOUT_A_FLAG = frozenset({"deepseek_v3", "ernie4_5_moe"})
-"""Families of which the converter leaves such layers out by itself, and takes no ``--no-mtp``."""
+_WITHOUT_A_FLAG = frozenset({"deepseek_v3", "ernie4_5_moe", "gemma4_text"})
+"""Families of which the converter leaves such layers out by itself, or that have none: it takes no ``--no-mtp``."""
 
 _SIZES = {"hunyuan_v1_moe": {"max_position_embeddings": 1 << 18}}
 """Settings without which the converter would write another value than the checkpoint's."""
@@ -254,7 +254,7 @@ def _stored_types(student: Student) -> dict[str, str]:
     return {
         tensor.name: types[0].name
         for tensor in plan_tensors(student.spec, "F32")
-        if (types := student.stored_types(tensor.role, tensor.layer))
+        if tensor.is_matrix and (types := student.stored_types(tensor.role, tensor.layer))
     }
 
 

@@ -9,6 +9,7 @@ another kind counts as the kind that it is most like.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
@@ -118,8 +119,7 @@ def _at_q8_0(spec: ModelSpec, role: Role, layer: int | None) -> SecondOrder:
         if spec.tied_embeddings:
             return SecondOrder(lookup + head, lookup)
         return SecondOrder(lookup, lookup) if role is Role.TOKEN_EMBEDDING else SecondOrder(head, 0.0)
-    total = sum(_part(other, index, spec.n_layers) for other in _PARTS for index in range(spec.n_layers))
-    order = _LAYERS_AT_Q8_0 * _part(_measured(spec, role, layer), layer, spec.n_layers) / total
+    order = _LAYERS_AT_Q8_0 * _part(_measured(spec, role, layer), layer, spec.n_layers) / _all_parts(spec.n_layers)
     return SecondOrder(order, order)
 
 
@@ -132,6 +132,11 @@ def _measured(spec: ModelSpec, role: Role, layer: int) -> Role:
     if role.is_feed_forward:
         return Role.EXPERT_DOWN if writes_states else Role.EXPERT_UP
     return Role.ATTENTION_OUTPUT if writes_states else Role.VALUE
+
+
+@cache
+def _all_parts(n_layers: int) -> float:
+    return sum(_part(role, layer, n_layers) for role in _PARTS for layer in range(n_layers))
 
 
 def _part(role: Role, layer: int, n_layers: int) -> float:

@@ -138,7 +138,7 @@ class LayerSpec:
 
     def dimensions(self, tensor: TensorSpec) -> tuple[int, ...]:
         """The shape of a tensor of this layer, or of one expert's tensor if each has one."""
-        return tuple(self._size(axis) for axis in tensor.shape)
+        return self._dimensions.get(tensor.shape) or tuple(self._size(axis) for axis in tensor.shape)
 
     def n_values(self, tensor: TensorSpec) -> int:
         """The number of values of a tensor, added up over all experts."""
@@ -178,6 +178,11 @@ class LayerSpec:
     @cached_property
     def _by_role(self) -> Mapping[Role, TensorSpec]:
         return {tensor.role: tensor for tensor in self.tensors}
+
+    @cached_property
+    def _dimensions(self) -> Mapping[tuple[str, ...], tuple[int, ...]]:
+        """The shapes of the layer's tensors, by their letters: plans ask for them thousands of times."""
+        return {tensor.shape: tuple(self._size(axis) for axis in tensor.shape) for tensor in self.tensors}
 
 
 @dataclass(frozen=True)

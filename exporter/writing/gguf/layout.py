@@ -69,7 +69,11 @@ class PlannedTensor:
     @property
     def n_bytes(self) -> int:
         """Size of the data in bytes, without padding."""
-        return prod(self.shape[:-1]) * row_bytes(self.ggml_type, self.row_length)
+        return self.n_bytes_in(self.ggml_type)
+
+    def n_bytes_in(self, ggml_type: GGMLQuantizationType) -> int:
+        """Size of the data in another type."""
+        return prod(self.shape[:-1]) * row_bytes(ggml_type, self.row_length)
 
 
 def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> tuple[PlannedTensor, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 
 from compressors.calibration.statistics import Importance
@@ -89,7 +88,7 @@ def plan_gguf_units(
         candidates, own = [], _own_type(stored(*place))
         for ggml_type in types if own is None or own in types else (*types, own):
             if all(tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0 for tensor in parts):
-                n_bytes = sum(aligned(replace(tensor, ggml_type=ggml_type).n_bytes) for tensor in parts)
+                n_bytes = sum(aligned(tensor.n_bytes_in(ggml_type)) for tensor in parts)
                 quantize, factor = _errors(ggml_type, feedback, quantizers or {})
                 quantize = None if ggml_type is own else quantize
                 seconds = 0.0 if decode_cost is None else decode_cost(ggml_type.name, n_used)
