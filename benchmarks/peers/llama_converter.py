@@ -171,9 +171,9 @@ def _checkpoints(folder: Path) -> Iterator[tuple[str, Path]]:
     """Names and folders; the tokenizers are of a class that the converter's transformers knows."""
     few, more = _write_tokenizer(folder / "few", ()), _write_tokenizer(folder / "more", _NAMED_TOKENS)
     for family, trained in _TRAINED.items():
-        shutil.copytree(trained, folder / family)
-        shutil.copyfile(few / "tokenizer_config.json", folder / family / "tokenizer_config.json")
-        yield f"{family}, trained", folder / family
+        path = Path(shutil.copytree(trained, folder / f"trained-{family}"))
+        shutil.copyfile(few / "tokenizer_config.json", path / "tokenizer_config.json")
+        yield f"{family}, trained", path
     for family, row in ROWS.items():
         path = folder / family
         write_model(family, row, path, more, vocab_size=_N_ROWS, **_SIZES.get(family, {}))
