@@ -67,16 +67,20 @@ def test_its_description_is_the_original_s(original: Checkpoint, written: Path) 
     check_against_transformers(source.config, source.config_path, source.spec)
 
 
+def _assert_same_file(path: Path, original: Path) -> None:
+    found, wanted = GGUFReader(path), GGUFReader(original)
+    assert bytes(found.data[: found.data_offset]) == bytes(wanted.data[: wanted.data_offset])
+    for tensor, other in zip(found.tensors, wanted.tensors, strict=True):
+        if tensor.name.endswith("ssm_a"):  # a logarithm is taken and undone, which costs a last bit
+            np.testing.assert_allclose(tensor.data, other.data, rtol=2e-7)
+        else:
+            assert tensor.data.tobytes() == other.data.tobytes(), tensor.name
+
+
 def test_it_is_written_again_byte_for_byte(written: Path, tmp_path: Path) -> None:
     source = GgufSource(written)
     write_gguf(Student.teacher(source), "F32", tmp_path / "again.gguf", name="toy", threads=1)
-    found, wanted = GGUFReader(tmp_path / "again.gguf"), GGUFReader(written)
-    assert bytes(found.data[: found.data_offset]) == bytes(wanted.data[: wanted.data_offset])
-    for tensor, original in zip(found.tensors, wanted.tensors, strict=True):
-        if tensor.name.endswith("ssm_a"):  # a logarithm is taken and undone, which costs a last bit
-            np.testing.assert_allclose(tensor.data, original.data, rtol=2e-7)
-        else:
-            assert tensor.data.tobytes() == original.data.tobytes(), tensor.name
+    _assert_same_file(tmp_path / "again.gguf", written)
 
 
 @torch.no_grad()
@@ -139,13 +143,7 @@ def test_layers_for_several_tokens_at_once_are_read_past(written: Path, tmp_path
     assert source.parts_read_past == {"layers for predicting several tokens at once (MTP)": len(more)}
     assert source.n_bytes == whole.n_bytes
     write_gguf(Student.teacher(source), "F32", tmp_path / "again.gguf", name="toy", threads=1)
-    found, wanted = GGUFReader(tmp_path / "again.gguf"), GGUFReader(written)
-    assert bytes(found.data[: found.data_offset]) == bytes(wanted.data[: wanted.data_offset])
-    for tensor, original in zip(found.tensors, wanted.tensors, strict=True):
-        if tensor.name.endswith("ssm_a"):  # a logarithm is taken and undone, which costs a last bit
-            np.testing.assert_allclose(tensor.data, original.data, rtol=2e-7)
-        else:
-            assert tensor.data.tobytes() == original.data.tobytes(), tensor.name
+    _assert_same_file(tmp_path / "again.gguf", written)
     copy_gguf(written, path, {}, more)
     with pytest.raises(UnsupportedError, match=rf"tensor {behind}\w+.weight belongs to no part"):
         GgufSource(path)

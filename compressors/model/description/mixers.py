@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from compressors.model.description.recurrent_mixers import GatedDelta, Mamba2, Recurrent, ShortConvolution
+from compressors.model.description.mixers_without_cache import GatedDelta, Mamba2, NoMixer, Recurrent, ShortConvolution
 from compressors.model.description.rope import Rope
 
 __all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mamba2", "Mixer", "NoMixer", "OutputGate", "QkNorm", "Recurrent"]
@@ -194,58 +194,6 @@ class Latent:
     def width(self) -> int:
         """Values of a token before the output projection."""
         return self.n_heads * max(self.key_dim, self.value_dim)
-
-
-@dataclass(frozen=True)
-class NoMixer:
-    """The mixer of a layer that is a feed-forward alone, in families whose layers have one of both."""
-
-    kind: ClassVar[str] = "no mixer"
-
-    @property
-    def rope(self) -> None:
-        """None: nothing is turned."""
-        return None
-
-    @property
-    def window(self) -> None:
-        """None: no mask limits anything."""
-        return None
-
-    @property
-    def is_recurrent(self) -> bool:
-        """False: there is no state."""
-        return False
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """Sizes by letter: none."""
-        return {}
-
-    @property
-    def cached_values(self) -> int:
-        """Values that are cached for each token: none."""
-        return 0
-
-    @property
-    def cached_head(self) -> int:
-        """Values that lie together in a cache: none."""
-        return 0
-
-    @property
-    def state_values(self) -> int:
-        """Values that are kept for a text: none."""
-        return 0
-
-    @property
-    def width(self) -> int:
-        """Values of a token before an output projection: none."""
-        return 0
-
-    @property
-    def description(self) -> str:
-        """Its sizes in words: positions do not see each other."""
-        return "each position by itself"
 
 
 Mixer = GroupedQuery | Latent | GatedDelta | Mamba2 | ShortConvolution | NoMixer

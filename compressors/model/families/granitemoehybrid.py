@@ -144,19 +144,17 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
 
 def _from_gguf(keys: GgufKeys) -> ConfigValues:
     """The settings; files of whichever spelling say whether queries and keys are turned."""
-    model, head_dim = from_gguf.model_settings(keys), from_gguf.head_dim(keys)
-    n_kv_heads = keys.by_layer("attention.head_count_kv", model["num_hidden_layers"])
+    attention, attends = from_gguf.attention_of_some_layers(keys)
     turns = is_turned(keys)
     of_mamba = {"heads": "mamba_n_heads", "groups": "mamba_n_groups", "head_dim": "mamba_d_head"}
     return {
-        **model,
+        **from_gguf.model_settings(keys),
+        **attention,
         **granite.factors_from_keys(keys),
         **mamba2.from_keys(keys, **of_mamba, state="mamba_d_state", kernel="mamba_d_conv"),
-        **(rope_settings(keys, head_dim) if turns else {}),
+        **(rope_settings(keys, attention["head_dim"]) if turns else {}),
         "position_embedding_type": "rope" if turns else "nope",
-        "num_attention_heads": keys.count("attention.head_count"),
-        "num_key_value_heads": max(n_kv_heads),
-        "layer_types": [_ATTENDING if number else _RECURRENT for number in n_kv_heads],
+        "layer_types": [_ATTENDING if it_does else _RECURRENT for it_does in attends],
         "num_local_experts": keys.count("expert_count"),
         "num_experts_per_tok": keys.count("expert_used_count"),
         "intermediate_size": keys.count("feed_forward_length"),

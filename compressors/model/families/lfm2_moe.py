@@ -232,16 +232,13 @@ def _refusal(spec: ModelSpec) -> str | None:
 def _from_gguf(keys: GgufKeys) -> ConfigValues:
     """The settings; a layer without key-value heads is one with a convolution."""
     model = from_gguf.model_settings(keys, "norm_eps")
-    n_kv_heads = keys.by_layer("attention.head_count_kv", model["num_hidden_layers"])
-    head_dim = from_gguf.head_dim(keys)
+    attention, attends = from_gguf.attention_of_some_layers(keys)
     return {
         **model,
-        **rope_settings(keys, head_dim),
+        **attention,
+        **rope_settings(keys, attention["head_dim"]),
         **from_gguf.dense_width(keys),
-        "num_attention_heads": keys.count("attention.head_count"),
-        "num_key_value_heads": max(n_kv_heads),
-        "head_dim": head_dim,
-        "layer_types": [_ATTENDING if number else _CONVOLVING for number in n_kv_heads],
+        "layer_types": [_ATTENDING if it_does else _CONVOLVING for it_does in attends],
         "conv_L_cache": keys.count("shortconv.l_cache"),
         "num_dense_layers": keys.count("leading_dense_block_count", 0),
         "num_experts": keys.count("expert_count"),

@@ -321,17 +321,15 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
 def _from_gguf(keys: GgufKeys) -> ConfigValues:
     """The settings; a block is known by its key-value heads and its width."""
     model = from_gguf.model_settings(keys, "layer_norm_epsilon")
-    n_kv_heads = keys.by_layer("attention.head_count_kv", model["num_hidden_layers"])
+    attention, attends = from_gguf.attention_of_some_layers(keys)
     widths = keys.by_layer("feed_forward_length", model["num_hidden_layers"])
-    pattern = ("*" if heads else "E" if width else "M" for heads, width in zip(n_kv_heads, widths, strict=True))
+    pattern = ("*" if it_does else "E" if width else "M" for it_does, width in zip(attends, widths, strict=True))
     of_mamba = {"heads": "mamba_num_heads", "groups": "n_groups", "head_dim": "mamba_head_dim"}
     return {
         **{key: value for key, value in model.items() if key != "hidden_act"},
+        **attention,
         **mamba2.from_keys(keys, **of_mamba, state="ssm_state_size", kernel="conv_kernel"),
         _PATTERN: "".join(pattern),
-        "num_attention_heads": keys.count("attention.head_count"),
-        "num_key_value_heads": max(n_kv_heads),
-        "head_dim": from_gguf.head_dim(keys),
         "n_routed_experts": keys.count("expert_count"),
         "num_experts_per_tok": keys.count("expert_used_count"),
         "moe_intermediate_size": keys.count("expert_feed_forward_length"),

@@ -18,6 +18,7 @@ from compressors.model.families.shared import llama_cpp
 __all__ = [
     "SIGMOID",
     "SOFTMAX",
+    "attention_of_some_layers",
     "attention_settings",
     "dense_width",
     "has",
@@ -93,6 +94,17 @@ def attention_settings(keys: GgufKeys) -> dict[str, Any]:
         "num_key_value_heads": keys.count("attention.head_count_kv", n_heads),
         "head_dim": head_dim(keys),
     }
+
+
+def attention_of_some_layers(keys: GgufKeys) -> tuple[dict[str, Any], tuple[bool, ...]]:
+    """The sizes of grouped-query attention, and whether each layer attends: the others have no key-value heads."""
+    counts = keys.by_layer("attention.head_count_kv", n_layers(keys))
+    sizes = {
+        "num_attention_heads": keys.count("attention.head_count"),
+        "num_key_value_heads": max(counts, default=0),
+        "head_dim": head_dim(keys),
+    }
+    return sizes, tuple(count > 0 for count in counts)
 
 
 def head_dim(keys: GgufKeys) -> int:

@@ -1,4 +1,4 @@
-"""Mixers that carry states from token to token, and keep nothing for each token."""
+"""Mixers that keep nothing for each token: those that carry states from token to token, and none at all."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-__all__ = ["GatedDelta", "Mamba2", "Recurrent", "ShortConvolution"]
+__all__ = ["GatedDelta", "Mamba2", "NoMixer", "Recurrent", "ShortConvolution"]
 
 
-class Recurrent:
-    """A mixer that keeps states of one size for a text of any length, and nothing for each token."""
+class _WithoutCache:
+    """A mixer that turns nothing and keeps nothing for each token."""
 
     @property
     def rope(self) -> None:
@@ -20,13 +20,8 @@ class Recurrent:
 
     @property
     def window(self) -> int | None:
-        """None: no mask limits the tokens that a state stands for."""
+        """None: no mask limits anything."""
         return None
-
-    @property
-    def is_recurrent(self) -> bool:
-        """True."""
-        return True
 
     @property
     def cached_values(self) -> int:
@@ -37,6 +32,15 @@ class Recurrent:
     def cached_head(self) -> int:
         """Values that lie together in a cache: none."""
         return 0
+
+
+class Recurrent(_WithoutCache):
+    """A mixer that keeps states of one size for a text of any length, and nothing for each token."""
+
+    @property
+    def is_recurrent(self) -> bool:
+        """True."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -213,3 +217,35 @@ class Mamba2(Recurrent):
     def width(self) -> int:
         """Values of a token before the output projection."""
         return self.n_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class NoMixer(_WithoutCache):
+    """The mixer of a layer that is a feed-forward alone, in families whose layers have one of both."""
+
+    kind: ClassVar[str] = "no mixer"
+
+    @property
+    def is_recurrent(self) -> bool:
+        """False: there is no state."""
+        return False
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes by letter: none."""
+        return {}
+
+    @property
+    def state_values(self) -> int:
+        """Values that are kept for a text: none."""
+        return 0
+
+    @property
+    def width(self) -> int:
+        """Values of a token before an output projection: none."""
+        return 0
+
+    @property
+    def description(self) -> str:
+        """Its sizes in words: positions do not see each other."""
+        return "each position by itself"
