@@ -129,7 +129,7 @@ def _option(name: str, help: str | None) -> Callable[[_Function], _Function]:
     )
 
 
-@main.command(epilog="Other commands: moe-export inspect MODEL; moe-export pareto MODEL; moe-export validate FILE.")
+@main.command(epilog="Other commands: moe-export fits | inspect | pareto MODEL; moe-export validate FILE.")
 @click.argument("model", required=False)
 @_flags(*_EXPORT_FLAGS)
 def export(**arguments: Any) -> None:
@@ -199,6 +199,30 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
         click.echo(json.dumps(description, indent=1))
     else:
         _console().print(description_table(description))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--for", "names", metavar="NAME[,...]", help="Machines, such as 16gb-mac.  [default: all that are known]")
+@click.option("--budget", "budgets", metavar="SIZE[,...]", help="Other sizes of memory, such as 20GB.")
+@click.option("--vram", metavar="SIZE", help="Your graphics card's memory; with --ram, the file is shared by both.")
+@click.option("--ram", metavar="SIZE", help="Your computer's memory that a model may take.")
+@_flags("context", "kv_type", "offline", "revision")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def fits(model: str, offline: bool, revision: str | None, as_json: bool, **flags: Any) -> None:
+    """Show what MODEL would give on each machine: its size, what is kept, how good, how fast; reads headers only."""
+    _refuse_unknown_family(model)
+    with requests_wait():
+        from exporter.fits.command import machines_of, run_fits
+        from exporter.fits.table import fits_data, fits_table
+        from exporter.hub import resolve_model
+
+    machines = machines_of(*(flags[name] for name in ("names", "budgets", "vram", "ram")))
+    rows = run_fits(resolve_model(model, revision, offline=offline), machines, flags["context"], flags["kv_type"])
+    if as_json:
+        click.echo(json.dumps(fits_data(rows), indent=1))
+    else:
+        _console().print(fits_table(rows))
 
 
 @main.command()

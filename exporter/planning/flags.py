@@ -90,7 +90,7 @@ class Flags(PlainFlags):
     """
 
     budget: str | None = _flag(
-        None, "Memory the result may need, such as 20GB or 18.6GiB.", metavar="SIZE[,...]", in_recipe=True
+        None, "Memory the result may need, such as 20GB, 18.6GiB or 16gb-mac.", metavar="SIZE[,...]", in_recipe=True
     )
     formats: str = _flag("gguf,onnx", "What to write.", in_recipe=True)
     plan_time: str = _flag("10m", "Most time for measuring candidates.", in_recipe=True)

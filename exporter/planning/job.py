@@ -19,6 +19,7 @@ from compressors.shrink.registry import EXPERT_METHODS, KEEPS_EXPERTS
 from exporter.estimating.durations import parse_duration
 from exporter.estimating.sizes import parse_size
 from exporter.file_names import WORK_SUFFIX
+from exporter.fits.machines import budget_of
 from exporter.planning.flags import Flags, PlainFlags
 from exporter.planning.plan import Search
 from exporter.planning.recipe import BudgetKind, KvType, Quantizer, Student
@@ -120,12 +121,12 @@ def _mix(name: str) -> str:
 
 
 def _budgets(text: str) -> tuple[int, ...]:
-    """The sizes of ``20GB`` or ``8GB,12GB``.
+    """The sizes of ``20GB``, ``8GB,12GB`` or ``16gb-mac``.
 
     Raises:
-        InputError: one is not a size, or two are the same.
+        InputError: one is not a size or a machine, or two are the same.
     """
-    sizes = tuple(parse_size(part, "--budget") for part in text.split(","))
+    sizes = tuple(budget_of(part) or parse_size(part, "--budget") for part in text.split(","))
     if len(set(sizes)) < len(sizes):
         raise InputError(f"--budget: {shown(text)} names a size twice; give each once")
     return sizes

@@ -43,7 +43,7 @@ from exporter.searching.outlook import outlook_of, outlooks, refuse_unless_somet
 from exporter.searching.structures import structures_for, whole, with_experts
 from exporter.writing.files import sha256_of
 
-__all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe", "wanted_blocks"]
+__all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "open_recipe", "predict_recipe", "wanted_blocks"]
 
 
 def _onnx_presets(quant: str) -> Sequence[str]:
@@ -93,16 +93,16 @@ def choose_recipe(
         selection_sha256=splits.selection.sha256,
         heldout_sha256=splits.heldout.sha256,
     )
-    open_recipe = _open_recipe(job, checkpoint, name, text)
-    chosen = _Pinned(job, checkpoint, open_recipe).best() if job.quant else _expected(job, checkpoint, open_recipe)
+    undecided = open_recipe(job, checkpoint, name, text)
+    chosen = _Pinned(job, checkpoint, undecided).best() if job.quant else _expected(job, checkpoint, undecided)
     machine = machine_for(checkpoint, memory_bytes, n_blocks)
     recover, refused = ladder(job.recover, chosen.compress, checkpoint, machine, job.seed)
-    recipe = open_recipe.model_copy(update={"compress": chosen.compress, "recover": recover, **chosen.files})
+    recipe = undecided.model_copy(update={"compress": chosen.compress, "recover": recover, **chosen.files})
     check_compression(recipe, checkpoint.spec)
     return recipe, dict(chosen.predictions), refused
 
 
-def _open_recipe(job: Job, checkpoint: Source, name: str, text: TextChoice) -> Recipe:
+def open_recipe(job: Job, checkpoint: Source, name: str, text: TextChoice) -> Recipe:
     """A recipe that holds all that the job names, and leaves the structure and the types of its files open."""
     file = FileChoice(
         mix=job.quant or "Q8_0",

@@ -1,0 +1,44 @@
+"""Runs the command ``fits``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from compressors.model.errors import InputError
+from compressors.model.sources.opening import open_source
+from exporter.estimating.sizes import parse_size
+from exporter.fits.machines import MACHINES, Machine, machine_named, machine_of, machine_with
+from exporter.fits.rows import Fit, NoFit, fits_on
+from exporter.publishing.model_name import model_name
+
+__all__ = ["machines_of", "run_fits"]
+
+
+def run_fits(model: Path, machines: Sequence[Machine], context: int, kv_type: str) -> list[Fit | NoFit]:
+    """Returns a row for each machine.
+
+    Raises:
+        InputError: the model cannot be read, or a flag's value is wrong.
+        UnsupportedError: no GGUF file can hold the model.
+    """
+    return list(fits_on(machines, open_source(model), model_name(str(model)), context, kv_type))
+
+
+def machines_of(names: str | None, budgets: str | None, vram: str | None, ram: str | None) -> Sequence[Machine]:
+    """The machines that the flags ``--for``, ``--budget``, ``--vram`` and ``--ram`` name; all known ones without them.
+
+    Raises:
+        InputError: a name or a size is wrong; the message names the flag.
+    """
+    machines = [machine_named(name, "--for") for name in names.split(",")] if names else []
+    for size in budgets.split(",") if budgets else ():
+        machines.append(machine_with(parse_size(size, "--budget"), size.strip()))
+    if vram or ram:
+        card, memory = (
+            None if size is None else parse_size(size, flag) for flag, size in (("--vram", vram), ("--ram", ram))
+        )
+        machines.append(machine_of(card, memory))
+    if len({machine.name for machine in machines}) < len(machines):
+        raise InputError("--for, --budget: a machine or a size is named twice; give each once")
+    return machines or tuple(MACHINES.values())
