@@ -191,10 +191,11 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
     """Show layout, routing rule and sizes of MODEL; reads headers only."""
     _refuse_unknown_family(model)
     with requests_wait():
-        from exporter.hub import resolve_model
+        from exporter.hub_headers import folder_with_headers
         from exporter.inspection import describe, description_table
 
-    description = describe(resolve_model(model, revision, offline=offline))
+    with folder_with_headers(model, revision, offline=offline) as folder:
+        description = describe(folder) | {"folder": model}
     if as_json:
         click.echo(json.dumps(description, indent=1))
     else:
@@ -215,10 +216,9 @@ def fits(model: str, offline: bool, revision: str | None, as_json: bool, **flags
     with requests_wait():
         from exporter.fits.command import machines_of, run_fits
         from exporter.fits.table import fits_data, fits_table
-        from exporter.hub import resolve_model
 
-    machines = machines_of(*(flags[name] for name in ("names", "budgets", "vram", "ram")))
-    rows = run_fits(resolve_model(model, revision, offline=offline), machines, flags["context"], flags["kv_type"])
+    machines = machines_of(*(flags.pop(name) for name in ("names", "budgets", "vram", "ram")))
+    rows = run_fits(model, revision, offline=offline, machines=machines, **flags)
     if as_json:
         click.echo(json.dumps(fits_data(rows), indent=1))
     else:

@@ -24,13 +24,21 @@ from compressors.model.files.vocabularies.made_files import MADE_OF
 from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
 from compressors.model.sources.hugging_face.weight_folder import INDEX
 
-__all__ = ["bundled_text", "resolve_model", "resolve_original"]
+__all__ = [
+    "bundled_text",
+    "download_beside_weights",
+    "is_hub_file",
+    "is_hub_id",
+    "resolve_model",
+    "resolve_original",
+]
 
 _HUB_FILE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)/(?P<file>[\w./-]+\.gguf)", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+_WEIGHTS = "*.safetensors"
 _WANTED_FILES = [
     "*.json",
-    "*.safetensors",
+    _WEIGHTS,
     "tokenizer.model",
     "merges.txt",
     *MADE_OF,
@@ -72,6 +80,27 @@ def resolve_model(model: str | None, revision: str | None = None, *, offline: bo
         raise InputError(f"MODEL: there is no folder {model!r}, and it is not a hub id (OWNER/NAME) either")
     refuse_unknown_family(_download(model, revision, offline, _FIRST_FILES, _UNWANTED_FILES))
     return _download(model, revision, offline, _WANTED_FILES, _UNWANTED_FILES)
+
+
+def is_hub_id(model: str) -> bool:
+    """True if the model can only be a repository of the hub, and nothing local."""
+    return not Path(model).expanduser().exists() and _HUB_ID.fullmatch(model) is not None
+
+
+def is_hub_file(model: str) -> bool:
+    """True if the model can only be a GGUF file of the hub."""
+    return not Path(model).expanduser().exists() and _HUB_FILE.fullmatch(model) is not None
+
+
+def download_beside_weights(model: str, revision: str | None) -> Path:
+    """The folder in the hub's cache, named after the commit, with all that a checkpoint has beside its weights.
+
+    Raises:
+        InputError: as :func:`resolve_model`.
+    """
+    beside = [pattern for pattern in _WANTED_FILES if pattern != _WEIGHTS]
+    refuse_unknown_family(_download(model, revision, False, _FIRST_FILES, _UNWANTED_FILES))
+    return _download(model, revision, False, beside, _UNWANTED_FILES)
 
 
 def resolve_original(against: str | None, job: Mapping[str, Any]) -> Path:

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from compressors.model.errors import InputError
 from compressors.model.sources.opening import open_source
 from exporter.estimating.sizes import parse_size
 from exporter.fits.machines import MACHINES, Machine, machine_named, machine_of, machine_with
 from exporter.fits.rows import Fit, NoFit, fits_on
+from exporter.hub_headers import folder_with_headers
 from exporter.publishing.model_name import model_name
 
 __all__ = ["machines_of", "run_fits"]
 
 
-def run_fits(model: Path, machines: Sequence[Machine], context: int, kv_type: str) -> list[Fit | NoFit]:
+def run_fits(
+    model: str, revision: str | None, *, offline: bool, machines: Sequence[Machine], context: int, kv_type: str
+) -> list[Fit | NoFit]:
     """Returns a row for each machine.
+
+    Args:
+        model: a folder, a GGUF file, or a hub id, of which only headers and small files are downloaded.
+        revision: of a hub model; None: its newest.
+        offline: True takes hub models from the cache only.
+        machines: the machines.
+        context: tokens of cache to count, at most the model's.
+        kv_type: the type of llama.cpp's cache.
 
     Raises:
         InputError: the model cannot be read, or a flag's value is wrong.
         UnsupportedError: no GGUF file can hold the model.
     """
-    return list(fits_on(machines, open_source(model), model_name(str(model)), context, kv_type))
+    with folder_with_headers(model, revision, offline=offline) as path:
+        return list(fits_on(machines, open_source(path), model_name(model), context, kv_type))
 
 
 def machines_of(names: str | None, budgets: str | None, vram: str | None, ram: str | None) -> Sequence[Machine]:

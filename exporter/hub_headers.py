@@ -1,0 +1,93 @@
+"""A hub model's headers without its weights: a folder that reads like the checkpoint, from a few megabytes."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfFileSystem
+from huggingface_hub.errors import HfHubHTTPError
+
+from compressors.model.errors import InputError
+from exporter.hub import download_beside_weights, is_hub_file, is_hub_id, resolve_model
+
+__all__ = ["folder_with_headers"]
+
+_WEIGHTS = re.compile(r"(?!consolidated).*\.safetensors", re.ASCII)
+_FIRST_BYTES = 256 << 10  # a file of 5 GB with single experts has a header of about 200 KB
+_MOST_BYTES = 100_000_000  # the format's own limit of a header
+_AT_ONCE = 8  # requests
+
+
+@contextmanager
+def folder_with_headers(model: str, revision: str | None, *, offline: bool) -> Iterator[Path]:
+    """The place of a model of which headers will be read.
+
+    A local model is where it is. Of a hub model, the small files are downloaded, and of each weight file the header;
+    the rest of it is a hole that takes no disk. The folder goes when the context ends.
+
+    Args:
+        model: a folder, a GGUF file, or a hub id.
+        revision: of a hub model; None: its newest.
+        offline: True takes hub models from the cache, with their weights.
+
+    Raises:
+        InputError: there is no such model, or the hub cannot be reached or used.
+    """
+    if not offline and is_hub_file(model):
+        raise InputError(
+            f"MODEL: {model} would be downloaded whole; name the repository of its original, of which the headers are "
+            "enough, or download the file first"
+        )
+    if offline or not is_hub_id(model):
+        yield resolve_model(model, revision, offline=offline)
+        return
+    downloaded = download_beside_weights(model, revision)
+    with tempfile.TemporaryDirectory(prefix="moe-export-") as temporary:
+        # the path is that of the cache, by which a written file knows its original
+        folder = Path(temporary, *downloaded.parts[-3:])
+        folder.mkdir(parents=True)
+        for file in downloaded.iterdir():
+            if file.is_file() and file.suffix != ".safetensors":
+                (folder / file.name).symlink_to(file.resolve())
+        try:
+            _write_headers(f"{model}@{downloaded.name}", folder)
+        except (HfHubHTTPError, OSError) as error:
+            raise InputError(f"MODEL: headers of {model} could not be read ({error}); try again") from None
+        yield folder
+
+
+def _write_headers(repository: str, folder: Path) -> None:
+    """Writes each weight file of a repository's top folder with its header and its length."""
+    hub = HfFileSystem()
+    entries: list[Any] = hub.ls(repository, detail=True)
+    weights = [entry for entry in entries if _WEIGHTS.fullmatch(Path(entry["name"]).name)]
+
+    def write(entry: dict[str, Any]) -> None:
+        header = _header(hub, entry["name"])
+        with (folder / Path(entry["name"]).name).open("wb") as file:
+            file.write(header)
+            file.truncate(max(entry["size"], len(header)))
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(write, weights))
+
+
+def _header(hub: HfFileSystem, path: str) -> bytes:
+    """The header of a safetensors file: its length in 8 bytes, little-endian, and so many bytes of JSON.
+
+    Raises:
+        OSError: the file is none.
+    """
+    with hub.open(path, "rb", cache_type="none") as file:
+        first: bytes = file.read(_FIRST_BYTES)
+        n_bytes = 8 + int.from_bytes(first[:8], "little")
+        if n_bytes > _MOST_BYTES:
+            raise OSError(f"{path} does not begin like a safetensors file")
+        rest: bytes = file.read(max(0, n_bytes - len(first)))
+    return (first + rest)[:n_bytes]
