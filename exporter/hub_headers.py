@@ -48,6 +48,9 @@ def folder_with_headers(model: str, revision: str | None, *, offline: bool) -> I
         yield resolve_model(model, revision, offline=offline)
         return
     downloaded = download_beside_weights(model, revision)
+    if any(downloaded.glob("*.safetensors")):
+        yield downloaded  # an earlier run downloaded it
+        return
     with tempfile.TemporaryDirectory(prefix="moe-export-") as temporary:
         # the path is that of the cache, by which a written file knows its original
         folder = Path(temporary, *downloaded.parts[-3:])
