@@ -191,11 +191,10 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
     """Show layout, routing rule and sizes of MODEL; reads headers only."""
     _refuse_unknown_family(model)
     with requests_wait():
-        from exporter.hub_headers import folder_with_headers
-        from exporter.inspection import describe, description_table
+        from exporter import inspect as described
+        from exporter.inspection import description_table
 
-    with folder_with_headers(model, revision, offline=offline) as folder:
-        description = describe(folder) | {"folder": model}
+    description = described(model, revision=revision, offline=offline)
     if as_json:
         click.echo(json.dumps(description, indent=1))
     else:
@@ -214,8 +213,8 @@ def fits(model: str, offline: bool, revision: str | None, as_json: bool, **flags
     """Show what MODEL would give on each machine: its size, what is kept, how good, how fast; reads headers only."""
     _refuse_unknown_family(model)
     with requests_wait():
-        from exporter.fits.command import machines_of, run_fits
-        from exporter.fits.table import fits_data, fits_table
+        from exporter.machines.command import machines_of, run_fits
+        from exporter.machines.table import fits_data, fits_table
 
     machines = machines_of(*(flags.pop(name) for name in ("names", "budgets", "vram", "ram")))
     rows = run_fits(model, revision, offline=offline, machines=machines, **flags)

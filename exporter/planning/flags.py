@@ -5,15 +5,16 @@ The command line makes its options from them. Nothing large is imported, so that
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from exporter.planning.job import Job
 
-__all__ = ["Flags", "PlainFlags"]
+__all__ = ["Flags", "PlainFlags", "command_of"]
 
 _Default = TypeVar("_Default")
 
@@ -114,3 +115,20 @@ class Flags(PlainFlags):
         from exporter.planning.job import checked_job  # it imports torch
 
         return checked_job(self)
+
+
+def command_of(flags: Flags) -> str:
+    """The command line that has these flags, for the report of a run that was started from Python."""
+    words = ["moe-export", *([] if flags.model is None else [flags.model])]
+    for definition in fields(flags):
+        value = getattr(flags, definition.name)
+        if definition.name == "model" or value == definition.default:
+            continue
+        name = f"--{definition.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(name)
+        elif definition.default == ():
+            words += [word for entry in value for word in (name, entry)]
+        else:
+            words += [name, str(value)]
+    return shlex.join(words)

@@ -19,7 +19,7 @@ from compressors.shrink.registry import EXPERT_METHODS, KEEPS_EXPERTS
 from exporter.estimating.durations import parse_duration
 from exporter.estimating.sizes import parse_size
 from exporter.file_names import WORK_SUFFIX
-from exporter.fits.machines import budget_of
+from exporter.machines.known import budget_of
 from exporter.planning.flags import Flags, PlainFlags
 from exporter.planning.plan import Search
 from exporter.planning.recipe import BudgetKind, KvType, Quantizer, Student

@@ -11,8 +11,8 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import BudgetError
 from compressors.model.sources.source import Source
 from exporter.estimating.prediction import Prediction
-from exporter.fits.machines import Machine
-from exporter.fits.placement import Placement, placed
+from exporter.machines.known import Machine
+from exporter.machines.placement import Placement, placed
 from exporter.planning.compression import described_compression, expected_spec
 from exporter.planning.flags import Flags
 from exporter.planning.planner import open_recipe

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from compressors.model.errors import InputError
 from compressors.model.sources.opening import open_source
 from exporter.estimating.sizes import parse_size
-from exporter.fits.machines import MACHINES, Machine, machine_named, machine_of, machine_with
-from exporter.fits.rows import Fit, NoFit, fits_on
 from exporter.hub_headers import folder_with_headers
+from exporter.machines.known import MACHINES, Machine, machine_named, machine_of, machine_with
+from exporter.machines.rows import Fit, NoFit, fits_on
 from exporter.publishing.model_name import model_name
 
 __all__ = ["machines_of", "run_fits"]

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from exporter.estimating.sizes import format_size
-from exporter.fits.rows import Fit, NoFit
+from exporter.machines.rows import Fit, NoFit
 from exporter.publishing.search_figures import described_types, named_types
 
 __all__ = ["fits_data", "fits_table", "server_line"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from exporter.estimating.prediction import Prediction
-from exporter.fits.machines import Machine
+from exporter.machines.known import Machine
 from exporter.writing.gguf.layout import PlannedTensor
 from exporter.writing.gguf.type_table import weights_of_a_token
 

@@ -16,10 +16,10 @@ from compressors.model.errors import InputError
 from compressors.model.sources.opening import open_source
 from exporter.cli import main
 from exporter.estimating.prediction import Prediction
-from exporter.fits.command import machines_of
-from exporter.fits.machines import MACHINES, Machine, Memory, machine_named, machine_with
-from exporter.fits.placement import placed
-from exporter.fits.rows import BAND, Fit, NoFit, fits_on
+from exporter.machines.command import machines_of
+from exporter.machines.known import MACHINES, Machine, Memory, machine_named, machine_with
+from exporter.machines.placement import placed
+from exporter.machines.rows import BAND, Fit, NoFit, fits_on
 from exporter.planning.flags import Flags
 from exporter.planning.planner import TextCounts, choose_recipe
 from exporter.writing.gguf.layout import PlannedTensor, plan_tensors
