@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ def _runs(report: Report) -> list[tuple[str, str, str]]:
         if artifact["format"] == "gguf":
             runs.append(("llama.cpp", "shell", run.llama_cpp_command(report, path)))
             runs.append(("llama-cpp-python", "shell", run.llama_cpp_python_command(report, path)))
+            runs.append(("Ollama", "shell", run.ollama_commands(report, path)))
+            runs.append(("LM Studio", "shell", f"lms import {shlex.quote(str(path))}"))
         else:
             runs.append(("ONNX Runtime", "python", run.onnxruntime_example(report, run.onnx_folder(path))))
     return runs

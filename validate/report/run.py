@@ -9,7 +9,14 @@ from pathlib import Path
 from compressors.model.files.gguf.kv_types import KV_TYPES, is_quantized
 from validate.report.facts import Report, find
 
-__all__ = ["llama_cpp_command", "llama_cpp_python_command", "onnx_folder", "onnxruntime_example", "run_instructions"]
+__all__ = [
+    "llama_cpp_command",
+    "llama_cpp_python_command",
+    "ollama_commands",
+    "onnx_folder",
+    "onnxruntime_example",
+    "run_instructions",
+]
 
 _PROMPT = "The history of"
 _NEW_TOKENS = 64
@@ -34,6 +41,19 @@ def llama_cpp_python_command(report: Report, path: Path) -> str:
         f'("{_PROMPT}", max_tokens={_NEW_TOKENS})["choices"][0]["text"])'
     )
     return f"python -c {shlex.quote(code)}"
+
+
+def ollama_commands(report: Report, path: Path) -> str:
+    """Three lines of shell that give the file to Ollama, with the context that the budget was counted for."""
+    name = path.stem.lower()
+    lines = (f"FROM ./{path}", f"PARAMETER num_ctx {report['budget']['context']}")
+    return "\n".join(
+        (
+            f"printf '%s\\n' {shlex.join(lines)} > Modelfile",
+            f"ollama create {shlex.quote(name)} -f Modelfile",
+            f'ollama run {shlex.quote(name)} "{_PROMPT}"',
+        )
+    )
 
 
 def onnxruntime_example(report: Report, folder: Path) -> str:

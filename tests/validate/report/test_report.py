@@ -7,6 +7,7 @@ import io
 import math
 import re
 import shlex
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from validate.report import charts, facts, numbers, render_html, render_model_card, run_instructions, summary
+from validate.report.run import ollama_commands
 from validate.report.statistics import STATISTICS
 
 _SECTIONS = (
@@ -865,6 +867,15 @@ def test_summary_figures(report: dict[str, Any]) -> None:
     assert lines["Perplexity"] == ["38.41", "49.21", "49.23", "49.21"]
     assert lines["Mean divergence, nats"][1:] == ["0.2641", "0.2646", "0.2652"]
     assert lines["Memory at full context"][2:] == ["14.68", "MB", "15.47", "MB"]
+
+
+def test_ollamas_lines_write_a_modelfile(report: dict[str, Any], tmp_path: Path) -> None:
+    """Only the first line is run here; the other two are Ollama's."""
+    first, *others = ollama_commands(report, Path("it's 50%.gguf")).splitlines()
+    subprocess.run(["sh", "-c", first], cwd=tmp_path, check=True)
+    assert (tmp_path / "Modelfile").read_text() == "FROM ./it's 50%.gguf\nPARAMETER num_ctx 2048\n"
+    assert [shlex.split(line)[1:3] for line in others] == [["create", "it's 50%"], ["run", "it's 50%"]]
+    assert "ollama create" in render_model_card(report) and "lms import" in render_model_card(report)
 
 
 def test_run_instructions_can_be_pasted(report: dict[str, Any]) -> None:
