@@ -31,7 +31,8 @@ from compressors.model.config.reading import read_spec
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
-from compressors.quantize import quantize_rows
+from compressors.model.files.storage_type import StorageType
+from compressors.quantize.kernels import quantize_rows
 from compressors.sensitivity import default_table
 from exporter.hub import resolve_model
 from exporter.planning.recipe import BudgetChoice, FileChoice
@@ -134,7 +135,7 @@ class _Bench:
         n_bytes = predict_file_size(self.spec, self._source, preset, _NAME)
         budget = BudgetChoice(bytes=n_bytes, kind="file", context=512, kv_type="f16")
         choice = FileChoice(mix="Q8_0")
-        table = default_table(self.spec, gguf_units(self.spec, torch.bfloat16, choice))
+        table = default_table(self.spec, gguf_units(self.spec, StorageType.BF16, choice))
         untyped = UntypedFile("gguf", self._source, _NAME, self.spec, budget, 1, choice)
         fitted = best_fit(untyped, table, most_seconds(untyped, "quality"))
         assert fitted is not None, preset

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from compressors.quantize import GGMLQuantizationType, quantize_rows
+from compressors.quantize import GGMLQuantizationType
 from compressors.quantize.feedback import TYPES_WITH_FEEDBACK, Feedback, quantize_rows_with_feedback
+from compressors.quantize.kernels import quantize_rows
 
 _HIDDEN_SIZE, _WIDTH, _TOKENS = 2048, 1024, 1000
 

@@ -28,8 +28,8 @@ from compressors.model.description.glu import SWIGLU
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import LayerSpec
+from compressors.model.files.onnx_names import MODEL_FILE
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
-from compressors.model.sources.onnx import MODEL_FILE
 from compressors.model.sources.student import Student
 from exporter.writing.onnx.writer import write_onnx
 

@@ -28,24 +28,17 @@ from compressors.calibration.splits import BLOCK_LENGTH, read_splits, tokenize
 from compressors.calibration.statistics import Importance, StatisticsCollector, importance
 from compressors.calibration.teacher import write_log_probs
 from compressors.model.description.roles import Role
-from compressors.model.files.gguf.ggml import GGMLQuantizationType
-from compressors.model.files.gguf.ggml_types import BLOCK_SIZES
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.divergence import judge
-from compressors.sensitivity import (
-    DivergenceModel,
-    SecondOrder,
-    TypeTable,
-    allocate,
-    gather_sensitivities,
-    ggml_quantizer,
-)
+from compressors.sensitivity import DivergenceModel, SecondOrder, TypeTable, allocate, ggml_quantizer
+from compressors.sensitivity.gathering import gather_sensitivities
 from exporter.hub import bundled_text, resolve_model
 from exporter.writing.gguf.layout import plan_tensors
-from exporter.writing.gguf.type_table import gguf_type_table
+from exporter.writing.gguf.measured_types import gguf_type_table
 from validate.runtimes.backend import scored_positions
 
 _REPOSITORY = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
-from compressors.sensitivity import gather_sensitivities
+from compressors.sensitivity.gathering import gather_sensitivities
 
 _BLOCK_LENGTH = 512
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressors.model.sources.onnx import DATA_FILE, MODEL_FILE
+from compressors.model.files.onnx_names import DATA_FILE, MODEL_FILE
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.gguf_split import split_parts
 from compressors.model.files.regular_file import refuse_special
@@ -152,6 +143,15 @@ def _existing(file: Path, model: str) -> Path:
 def _download(
     model: str, revision: str | None, offline: bool, files: Sequence[str], ignored: Sequence[str] | None = None
 ) -> Path:
+    from huggingface_hub import snapshot_download  # only such models need the library, which takes long to import
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     try:
         return Path(
             snapshot_download(

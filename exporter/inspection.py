@@ -48,7 +48,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "sliding_window": spec.window,
         "rope_type": ", ".join(dict.fromkeys(rope.kind.value for rope in spec.ropes)) or None,
         "tied_embeddings": spec.tied_embeddings,
-        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "dtype": checkpoint.storage_type.torch_name,
         "stored_as": checkpoint.stored_as,
         "notes": list(checkpoint.notes),
         "weight_files": len(checkpoint.files),
@@ -56,7 +56,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "active_parameters": _active_parameters(spec),
         "bytes": checkpoint.n_bytes,
         "expert_bytes": sum(layer.n_experts * layer.expert_parameters for layer in spec.layers)
-        * checkpoint.dtype.itemsize,
+        * checkpoint.storage_type.itemsize,
         "gguf_architecture": checkpoint.family.gguf.architecture,
         "layer_kinds": [_layer_kind(layers) for layers in _kinds_of_layers(spec)],
         "cache_bytes_per_token": _cache_bytes(spec),

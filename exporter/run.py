@@ -118,7 +118,7 @@ def _parts(job: Job, command: str, work: WorkDirectory, identity: dict[str, Any]
 
 
 def _refuse_too_little_memory(plan: Plan) -> None:
-    least = memory_lines(plan.teacher_spec, plan.student_spec, open_source(plan.source).dtype.itemsize)
+    least = memory_lines(plan.teacher_spec, plan.student_spec, open_source(plan.source).storage_type.itemsize)
     refuse_too_little_memory(least, plan.memory_bytes, psutil.virtual_memory().available)
     refuse_too_large_rungs(plan)
 

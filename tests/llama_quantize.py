@@ -16,7 +16,8 @@ import torch
 from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
-from compressors.quantize import GGMLQuantizationType, fallback_type, quantize_rows
+from compressors.quantize import GGMLQuantizationType, fallback_type
+from compressors.quantize.kernels import quantize_rows
 from exporter.writing.gguf.mixes import MIXES
 from exporter.writing.gguf.writer import write_gguf
 

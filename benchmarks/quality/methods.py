@@ -30,7 +30,8 @@ from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from compressors.shrink.merge import REAM, HCSMoE, MSMoE
 from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs
 from compressors.shrink.prune import Prune, scores
-from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE, SlimWidth
+from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
+from compressors.shrink.slim.width import SlimWidth
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refusal
 

@@ -17,9 +17,9 @@ from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
-from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH, KnowledgeAugmentation
+from compressors.recover.knowledge_augmentation import KnowledgeAugmentation
 from compressors.recover.objectives import Distillation, NextToken, Objective, RouterLogitMatching, Stateless, StepLoss
-from compressors.recover.schedule import Schedule
+from compressors.recover.schedule import UPDATES_PER_BATCH, Schedule
 from compressors.recover.scopes import Scope, expert_usage
 from compressors.recover.student_aware_router import StudentAwareRouter
 from compressors.recover.training import Training

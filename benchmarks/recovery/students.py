@@ -12,7 +12,8 @@ from benchmarks.quality.methods import ARMS as COMPRESSIONS
 from benchmarks.quality.methods import Teacher
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
-from compressors.shrink.dense import Condense, dense_size
+from compressors.shrink.condense import Condense
+from compressors.shrink.dense import dense_size
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from exporter.writing.files import write_atomically
 

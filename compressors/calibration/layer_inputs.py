@@ -14,25 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compressors.model.description.spec import ModelSpec
 from compressors.model.files.array_file import ArrayFile
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 
-__all__ = ["KEPT_TOKENS", "LayerInputs", "layer_input_bytes", "n_kept_blocks", "write_layer_inputs"]
-
-KEPT_TOKENS = 32_000
-"""About 1,000 tokens per expert give most of what error feedback can; with 8 of 128 experts, 32,000 are twice that."""
-
-
-def n_kept_blocks(n_blocks: int, block_length: int) -> int:
-    """The number of a text's first blocks that are kept: at least one, and at most ``n_blocks``."""
-    return min(n_blocks, max(1, KEPT_TOKENS // block_length))
-
-
-def layer_input_bytes(spec: ModelSpec, n_tokens: int) -> int:
-    """The most bytes on disk that a text of ``n_tokens`` tokens takes."""
-    return (spec.n_layers + 1) * min(n_tokens, KEPT_TOKENS) * spec.hidden_size * 2
+__all__ = ["LayerInputs", "write_layer_inputs"]
 
 
 class LayerInputs:

@@ -13,21 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressors.calibration.sizes import matrices_with_own_input
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec
-from compressors.model.description.tensors import TensorSpec
 
-__all__ = ["input_sizes", "matrices_beside_experts", "watching_inputs"]
-
-
-def matrices_beside_experts(layer: LayerSpec) -> tuple[TensorSpec, ...]:
-    """The matrices of a layer that files may quantize, except those of its routed experts."""
-    return tuple(tensor for tensor in layer.shared_tensors if tensor.is_quantizable)
-
-
-def input_sizes(layer: LayerSpec) -> dict[Role, int]:
-    """The number of values in each different input of these matrices."""
-    return {tensor.role: layer.dimensions(tensor)[-1] for tensor in _with_own_input(layer)}
+__all__ = ["watching_inputs"]
 
 
 @contextmanager
@@ -45,14 +35,10 @@ def watching_inputs(module: nn.Module, layer: LayerSpec, see: Callable[[Role, to
 
     handles = [
         module.get_submodule(tensor.submodule).register_forward_pre_hook(partial(look, tensor.role))
-        for tensor in _with_own_input(layer)
+        for tensor in matrices_with_own_input(layer)
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _with_own_input(layer: LayerSpec) -> tuple[TensorSpec, ...]:
-    return tuple(tensor for tensor in matrices_beside_experts(layer) if tensor.input_role is tensor.role)

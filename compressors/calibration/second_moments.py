@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from compressors.calibration.layer_inputs import LayerInputs
 from compressors.calibration.matrix_inputs import watching_inputs
+from compressors.calibration.sizes import ROWS_AT_ONCE, TOKENS_AT_ONCE
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.gate_order import gates_first
 from compressors.model.description.glu import Glu
@@ -34,13 +35,7 @@ from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.student import Student
 from compressors.model.threads import in_order, one_thread_each
 
-__all__ = ["ROWS_AT_ONCE", "TOKENS_AT_ONCE", "ExpertInputs", "LayerMoments", "Moments", "SecondMoments"]
-
-TOKENS_AT_ONCE = 1024
-"""Tokens that one thread runs through a layer at a time: activations then take about as much memory as the sums."""
-
-ROWS_AT_ONCE = 4096
-"""Rows of one expert that are widened to float32 at a time."""
+__all__ = ["ExpertInputs", "LayerMoments", "Moments", "SecondMoments"]
 
 _COLUMNS_AT_ONCE = 256  # fewer would save a few more products, but make them slower
 

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from compressors.calibration.documents import DomainText, cut_parts, digest_of, read_parts
 from compressors.calibration.separation import Stream, shared_blocks, shared_text, without_blocks
@@ -34,6 +34,9 @@ from compressors.calibration.token_streams import (
 )
 from compressors.model.errors import InputError
 from compressors.model.files.tokenizer_files import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "BLOCK_LENGTH",
@@ -150,6 +153,8 @@ class TokenizedSplit:
 
         A file that has fewer gives all it has.
         """
+        import torch
+
         taken = [(domain, blocks_BT[:n_blocks_per_file]) for domain, blocks_BT in self.blocks]
         return TokenBlocks(
             torch.cat([blocks_BT for _, blocks_BT in taken]),
@@ -271,6 +276,8 @@ def _streams(
 
 
 def _blocks_of(split: TextSplit, streams: list[Stream], block_length: int, bos: int | None) -> TokenizedSplit:
+    import torch
+
     blocks = []
     for part in split.parts:
         full = [_full_blocks(tokens, block_length) for of_part, tokens in streams if of_part is part]
@@ -319,6 +326,8 @@ def _evenly_spaced(blocks_BT: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _taking_turns(chosen: list[tuple[str, torch.Tensor]]) -> TokenBlocks:
+    import torch
+
     order = [
         (domain, blocks_BT[turn])
         for turn in range(max(len(blocks_BT) for _, blocks_BT in chosen))

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressors.calibration.matrix_inputs import input_sizes, matrices_beside_experts, watching_inputs
+from compressors.calibration.matrix_inputs import watching_inputs
+from compressors.calibration.sizes import input_sizes, matrices_beside_experts, sum_sizes
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import LayerSpec, ModelSpec
@@ -69,22 +70,12 @@ class LayerStatistics:
     @classmethod
     def zeros(cls, layer: LayerSpec, device: torch.device | None = None) -> LayerStatistics:
         """Returns the sums of a layer before any token."""
-        n_experts = layer.n_experts
-        sizes: dict[str, tuple[int, ...]] = {
-            "n_tokens": (),
-            "moe_cosine_sum": (),
-            "block_cosine_sum": (),
-            "output_sum_ED": (n_experts, layer.hidden_size),
-            "gate_up_input_square_ED": (n_experts, layer.hidden_size),
-            "down_input_square_EF": (n_experts, layer.expert_width),
-            "router_logit_gram_EE": (n_experts, n_experts),
-        }
 
         def zeros(size: tuple[int, ...]) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.float64, device=device)
 
         return cls(
-            **{name: zeros(sizes.get(name, (n_experts,))) for name in _SUMS},
+            **{name: zeros(size) for name, size in sum_sizes(layer).items()},
             input_squares={role: zeros((size,)) for role, size in input_sizes(layer).items()},
         )
 

@@ -13,17 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from compressors.calibration.sizes import TOP_TOKENS
 from compressors.model.files.array_file import ArrayFile
 from compressors.model.predictions.log_probs import LogProbSink
 from compressors.model.predictions.losses import negative_log_likelihood
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.streaming import StreamedModel
 
-__all__ = ["TARGET_BYTES", "TOP_TOKENS", "TeacherTargets", "by_block", "write_log_probs", "write_targets"]
-
-TOP_TOKENS = 64
-TARGET_BYTES = 8 * TOP_TOKENS
-"""Bytes on disk of one training token's targets."""
+__all__ = ["TeacherTargets", "by_block", "write_log_probs", "write_targets"]
 
 
 class TeacherTargets:

@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    pass
+
 
 __all__ = ["in_order", "one_thread_each"]
 
@@ -21,6 +23,8 @@ _Result = TypeVar("_Result")
 @contextmanager
 def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Makes a pool; in its threads, and in the calling one until it is closed, torch computes with one thread."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # for all threads that have not used torch yet; the others have a number of their own
     try:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import IntegerBlocks
 from compressors.model.files.integer_blocks import search_blocks as search_float32_blocks
-from compressors.quantize.kernels import GGMLQuantizationType, checked_importance, quantize_rows
+from compressors.quantize.kernels import checked_importance, quantize_rows
 
 __all__ = ["search_blocks"]
 

@@ -10,67 +10,23 @@ Letters: R rows, N values of a row, Y bytes of a quantized row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.files.gguf.ggml import dequantize_into, dequantize_rows, ggml_library_for, row_bytes
-from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.errors import InputError
+from compressors.model.files.gguf.ggml import dequantize_into, quantize_into, row_bytes
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 
-__all__ = [
-    "QUANTIZABLE_TYPES",
-    "GGMLQuantizationType",
-    "checked_importance",
-    "dequantize_rows",
-    "fallback_type",
-    "quantize_rows",
-    "row_bytes",
-]
+__all__ = ["checked_importance", "quantize_rows"]
 
 _T = GGMLQuantizationType
-
-_FALLBACKS: Mapping[GGMLQuantizationType, GGMLQuantizationType | None] = {
-    **dict.fromkeys((_T.F32, _T.F16, _T.BF16)),
-    **dict.fromkeys((_T.Q8_0, _T.Q5_1, _T.Q5_0, _T.Q4_1, _T.Q4_0, _T.IQ4_NL, _T.MXFP4)),
-    _T.Q6_K: _T.Q8_0,
-    _T.Q5_K: _T.Q5_1,
-    _T.Q4_K: _T.Q5_0,
-    **dict.fromkeys((_T.Q3_K, _T.Q2_K, _T.Q2_0, _T.TQ2_0, _T.TQ1_0), _T.Q4_0),
-    **dict.fromkeys((_T.IQ4_XS, _T.IQ3_S, _T.IQ3_XXS), _T.IQ4_NL),
-    **dict.fromkeys((_T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS, _T.IQ1_M, _T.IQ1_S), _T.IQ4_NL),
-}
-"""Every type that a matrix can be written in, with the type of blocks of 32 that llama.cpp takes when its own blocks do
-not divide a row (``tensor_type_fallback`` in ``src/llama-quant.cpp``)."""
-
-QUANTIZABLE_TYPES = frozenset(_FALLBACKS)
-"""The types that :func:`quantize_rows` writes."""
-
 _WITHOUT_IMPORTANCE = frozenset({_T.F32, _T.F16, _T.BF16, _T.Q8_0, _T.MXFP4, _T.Q2_0, _T.TQ1_0, _T.TQ2_0})
 _NEEDS_IMPORTANCE = frozenset({_T.IQ2_XXS, _T.IQ2_XS, _T.IQ1_S})
 """``ggml_quantize_requires_imatrix`` in ``ggml/src/ggml.c``."""
 
 _STORAGE_TYPES = {torch.bfloat16: GGMLQuantizationType.BF16, torch.float16: GGMLQuantizationType.F16}
 _BLOCK_VALUES = 1 << 17  # half a megabyte of float32: widened, checked and quantized while a core's cache holds it
-
-
-def fallback_type(ggml_type: GGMLQuantizationType, row_length: int) -> GGMLQuantizationType:
-    """The type that rows of this length get when ``ggml_type`` is asked for: itself, or llama.cpp's stand-in.
-
-    Rows that blocks of 32 do not divide become F16.
-
-    Raises:
-        UnsupportedError: the type is not one that a matrix can be written in.
-    """
-    if ggml_type not in _FALLBACKS:
-        supported = ", ".join(known.name for known in _FALLBACKS)
-        raise UnsupportedError(f"type {ggml_type.name} is not supported; choose one of {supported}")
-    for candidate in (ggml_type, _FALLBACKS[ggml_type]):
-        if candidate is not None and row_length % BLOCK_SIZES[candidate][0] == 0:
-            return candidate
-    return GGMLQuantizationType.F16
 
 
 def quantize_rows(
@@ -96,7 +52,6 @@ def quantize_rows(
     if importance is None and ggml_type in _NEEDS_IMPORTANCE:
         importance = np.ones(row_length, dtype=np.float32)
     quantized_RY = np.empty((n_rows, row_bytes(ggml_type, row_length)), dtype=np.uint8)
-    quantize = ggml_library_for(ggml_type).ggml_quantize_chunk
     rows_per_block = max(1, _BLOCK_VALUES // row_length)
     widened_RN = np.empty((rows_per_block, row_length), dtype=np.float32)
     for first in range(0, n_rows, rows_per_block):
@@ -104,17 +59,7 @@ def quantize_rows(
         _check_finite(block_RN, first, name)
         if ggml_type is GGMLQuantizationType.F16:
             _check_range(block_RN, name)
-        target = quantized_RY[first : first + rows_per_block]
-        written = quantize(
-            int(ggml_type),
-            block_RN.ctypes.data,
-            target.ctypes.data,
-            0,
-            len(block_RN),
-            row_length,
-            None if importance is None else importance.ctypes.data,
-        )
-        assert written == target.nbytes, f"ggml wrote {written} bytes, not {target.nbytes}"
+        quantize_into(quantized_RY[first : first + rows_per_block], block_RN, ggml_type, importance)
     return quantized_RY
 
 

@@ -23,13 +23,10 @@ from compressors.model.sources.student import Student
 from compressors.recover.on_policy import OnPolicyDistillation
 from compressors.recover.schedule import Schedule
 
-__all__ = ["AUGMENTATION", "UPDATES_PER_BATCH", "AllButOne", "KnowledgeAugmentation"]
+__all__ = ["AUGMENTATION", "AllButOne", "KnowledgeAugmentation"]
 
 AUGMENTATION = 0.05
 """The paper's lambda."""
-
-UPDATES_PER_BATCH = 2
-"""The paper's M, for a schedule that trains by KA as published."""
 
 _EXPERTS = 1  # keys of random numbers begin with their purpose
 
@@ -39,7 +36,7 @@ class KnowledgeAugmentation(OnPolicyDistillation):
 
     Args:
         student: the model that is trained; the teacher is its source.
-        schedule: the training's schedule; the paper's has :data:`UPDATES_PER_BATCH`.
+        schedule: the training's schedule; the paper's has :data:`~compressors.recover.schedule.UPDATES_PER_BATCH`.
         batches_per_round: the number of batches of texts that are written together; one as published.
         augmentation: lambda, the probability of a sampled choice.
         limit: memory that this process may use.

@@ -15,7 +15,7 @@ from torch.nn import functional
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.predictions.next_token import draw_tokens
-from compressors.model.running.memory import BLOCKS_AT_ONCE
+from compressors.model.running.memory import blocks_at_once
 from compressors.model.running.streaming import StreamedModel, position_chunks
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _through_layers(
     """Hidden states of these positions after the last layer: [B, t, D]."""
     hidden_BtD = model.embed(tokens_Bt).to(dtype)
     # a call takes as many positions as in any pass; single positions of all texts are fewer
-    n_texts = BLOCKS_AT_ONCE[dtype] if tokens_Bt.shape[1] > 1 else len(tokens_Bt)
+    n_texts = blocks_at_once(dtype) if tokens_Bt.shape[1] > 1 else len(tokens_Bt)
     for index, weights in model.weights(range(model.spec.n_layers)):
         with model.layer(index, weights, dtype) as layer:
             for start in range(0, len(hidden_BtD), n_texts):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from compressors.model.errors import InputError
 
-__all__ = ["RATES_HIDDEN_SIZE", "Schedule"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["RATES_HIDDEN_SIZE", "UPDATES_PER_BATCH", "Schedule"]
+
+UPDATES_PER_BATCH = 2
+"""Steps on each batch in a schedule that trains by knowledge augmentation as published, the paper's M."""
 
 RATES_HIDDEN_SIZE = 256
 """The hidden size of the models that learning rates were chosen on (docs/recovery.md).
@@ -56,6 +60,8 @@ class Schedule:
 
     def steps(self) -> tuple[torch.Tensor, ...]:
         """The blocks of each step, in an order that the seed decides: int64."""
+        import torch
+
         order = torch.randperm(self.n_blocks, generator=torch.Generator().manual_seed(self.seed))
         batches = torch.split(order, self.blocks_per_step)
         return tuple(batch for batch in batches for _ in range(self.updates_per_batch))

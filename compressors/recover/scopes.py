@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from compressors.calibration.statistics import LayerStatistics
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import Kind, TensorSpec
 from compressors.model.errors import InputError
 from compressors.model.sources.student import ExpertMap
 from compressors.recover.schedule import RATES_HIDDEN_SIZE
+
+if TYPE_CHECKING:
+    import torch
+
+    from compressors.calibration.statistics import LayerStatistics
 
 __all__ = ["BlockLength", "Scope", "expert_matrices", "expert_usage", "is_routers", "scaled_matrices"]
 
@@ -122,6 +125,8 @@ class Scope:
         """
         if self.n_experts is None:
             return tuple(range(len(usage_E)))
+        import torch
+
         most_used_first = torch.argsort(usage_E, descending=True, stable=True)
         return tuple(sorted(most_used_first[: self.n_experts].tolist()))
 
@@ -190,6 +195,8 @@ def expert_usage(statistics: Sequence[LayerStatistics], experts: ExpertMap) -> l
         statistics: the statistics of each layer of the model that was watched: the teacher, or the student itself.
         experts: the student in terms of that model; an expert that stands for several gets their sum.
     """
+    import torch
+
     return [
         torch.stack([statistics[layer.source].count_E[list(group)].sum() for group in layer.groups])
         if layer.groups

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compressors.calibration.matrix_inputs import matrices_beside_experts
+from compressors.calibration.sizes import matrices_beside_experts
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec

@@ -7,7 +7,6 @@ and every type is judged by the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +14,15 @@ import torch
 from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
 from compressors.model.sources.student import Student
-from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize_rows
 from compressors.sensitivity.divergence import SecondOrder
 from compressors.sensitivity.matrices import MatrixSensitivity
+from compressors.sensitivity.quantizers import Quantizer
 
-__all__ = ["SAMPLED_WEIGHTS", "Quantizer", "RowSample", "ggml_quantizer", "sample_rows"]
+__all__ = ["SAMPLED_WEIGHTS", "RowSample", "sample_rows"]
 
 SAMPLED_WEIGHTS = 1 << 16
 """Weights of a tensor that are quantized to judge a type, unless that is less than :data:`LEAST_ROWS` rows."""
 LEAST_ROWS = 128
-
-Quantizer = Callable[[torch.Tensor, torch.Tensor | None, str], torch.Tensor]
-"""(rows [R, N], importance [N] or None, the weights' name) -> the values that a runtime sees, float32 [R, N]."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +54,6 @@ def _second_order(part: _Rows, quantize: Quantizer) -> SecondOrder:
         for weights_RN in (part.weights_RN, part.routed_weights_RN)
     )
     return SecondOrder(total, routed)
-
-
-def ggml_quantizer(ggml_type: GGMLQuantizationType) -> Quantizer:
-    """A quantizer that runs ggml's own kernel for a type."""
-
-    def quantize(values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str) -> torch.Tensor:
-        stored = quantize_rows(values_RN, ggml_type, importance_N, name=name)
-        return torch.from_numpy(dequantize_rows(stored, ggml_type, values_RN.shape[1]))
-
-    return quantize
 
 
 def sample_rows(

@@ -6,15 +6,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
-from compressors.model.sources.student import Student
-from compressors.model.threads import one_thread_each
 from compressors.sensitivity.divergence import SecondOrder
-from compressors.sensitivity.matrices import Sensitivities
-from compressors.sensitivity.sampling import SAMPLED_WEIGHTS, Quantizer, RowSample, sample_rows
+from compressors.sensitivity.quantizers import Quantizer
 
-__all__ = ["Candidate", "Option", "TypeTable", "Unit", "UnitPlan", "measured_table"]
+__all__ = ["Candidate", "Option", "TypeTable", "Unit", "UnitPlan"]
 
 
 @dataclass(frozen=True)
@@ -102,53 +98,6 @@ class UnitPlan:
     tensors: tuple[str, ...]
     matrices: tuple[tuple[Role, int | None], ...]
     candidates: tuple[Candidate, ...]
-
-
-def measured_table(
-    student: Student,
-    plans: Sequence[UnitPlan],
-    sensitivities: Sensitivities,
-    importance: Importance,
-    *,
-    n_weights: int | None = SAMPLED_WEIGHTS,
-    threads: int = 1,
-    progress: Callable[[int], None] | None = None,
-) -> TypeTable:
-    """Measures the error of every candidate type of every unit by quantizing rows of its tensors.
-
-    Args:
-        student: the model that is written.
-        plans: the units, in the order of the file.
-        sensitivities: the sensitivities of the student's matrices.
-        importance: the importance matrix that the file is written with.
-        n_weights: weights of a tensor that are quantized (:func:`~compressors.sensitivity.sampling.sample_rows`);
-            None: all.
-        threads: the number of types that are tried at a time; the table does not depend on it.
-        progress: called with 1 for each finished unit.
-
-    Raises:
-        InputError: a weight cannot be read or is not finite.
-    """
-    units = []
-    with one_thread_each(threads) as pool:
-        for plan in plans:
-            samples = [
-                (role, sample_rows(student, role, layer, sensitivities.of(role, layer), importance, n_weights))
-                for role, layer in plan.matrices
-            ]
-            options = list(pool.map(lambda candidate, samples=samples: _option(candidate, samples), plan.candidates))
-            units.append(Unit(plan.name, plan.tensors, tuple(options)))
-            if progress is not None:
-                progress(1)
-    return TypeTable(tuple(units))
-
-
-def _option(candidate: Candidate, samples: Sequence[tuple[Role, RowSample]]) -> Option:
-    order = SecondOrder(0.0, 0.0)
-    if candidate.quantize is not None:
-        for role, sample in samples:
-            order += sample.second_order(candidate.quantize) * candidate.factor(role)
-    return Option(candidate.choice, candidate.n_bytes, order, candidate.seconds)
 
 
 def _option_from_json(data: Mapping[str, Any]) -> Option:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -19,6 +18,7 @@ from compressors.calibration.statistics import LayerStatistics
 from compressors.model.description.glu import Glu
 from compressors.model.description.routing import Routing
 from compressors.model.errors import InputError
+from compressors.shrink.needs import Needs
 
 __all__ = ["CompressedBlock", "Evidence", "Method", "MoeBlock", "Needs", "Routes", "second_moment"]
 
@@ -213,14 +213,6 @@ class CompressedBlock:
         """Returns the block with other matrices for every expert; none is merged or dropped, and the router stays."""
         changed = replace(block, gate_up_EFD=gate_up_EFD, down_EDF=down_EDF)
         return replace(cls.unchanged(changed), changed_experts=frozenset(range(block.n_experts)))
-
-
-class Needs(IntEnum):
-    """The evidence that a method needs; each includes those before."""
-
-    STATISTICS = 1  # it only chooses, so weights may lie on the meta device
-    WEIGHTS = 2
-    INPUTS = 3  # the evidence has ``inputs_TD``
 
 
 class Method(Protocol):

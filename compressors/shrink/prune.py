@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from compressors.model.errors import InputError
-from compressors.shrink.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR, removal_error
-from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
+from compressors.shrink.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR
+from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.shrink.needs import Needs
+from compressors.shrink.removal_error import removal_error
 
 __all__ = ["Prune", "highest", "scores", "survivors"]
 

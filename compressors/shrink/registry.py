@@ -6,19 +6,19 @@ Planning, recipes, command line and benchmarks ask here. A new criterion is a li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.shrink.criteria import CRITERIA, REMOVAL_ERROR, Criterion
-from compressors.shrink.decompose import ActivationSvd, D2Moe, Mobe
-from compressors.shrink.merge import REAM, HCSMoE, MSMoE
-from compressors.shrink.moe_block import Method, Needs
-from compressors.shrink.prune import Prune
-from compressors.shrink.slim import SlimWidth
+from compressors.shrink.needs import Needs
+
+if TYPE_CHECKING:
+    from compressors.shrink.moe_block import Method
 
 __all__ = [
     "BLOCK_DROP",
@@ -54,8 +54,9 @@ class RegisteredMethod:
     Attributes:
         name: its name.
         changes: the change that it makes.
-        make: makes the method for one layer, from the experts left, the width, or the size of its factors; None: the
-            method changes whole layers.
+        kind: the class of the method for one layer and its module in this package, which is imported when the method
+            is made; None: the method changes whole layers.
+        needs: the evidence that it needs in each layer.
         is_sequential: the method is defined on layers whose predecessors are already compressed.
         largest_group: the most experts that it merges into one; None: any number.
         score: gives the scores of a layer's experts that are known in advance; None: there are none.
@@ -64,16 +65,12 @@ class RegisteredMethod:
 
     name: str
     changes: Changes
-    make: Callable[[int], Method] | None
+    kind: str | None
+    needs: Needs = Needs.STATISTICS
     is_sequential: bool = False
     largest_group: int | None = None
     score: Criterion | None = None
     in_gguf: bool = True
-
-    @property
-    def needs(self) -> Needs:
-        """The evidence that it needs in each layer."""
-        return Needs.STATISTICS if self.make is None else self.make(1).needs
 
     @property
     def changes_weights(self) -> bool:
@@ -81,21 +78,20 @@ class RegisteredMethod:
         return self.changes in (Changes.MERGED, Changes.WIDTH, Changes.VALUES)
 
 
-SLIM = RegisteredMethod("slim", Changes.WIDTH, SlimWidth)
+_PRUNE = "prune.Prune"
+SLIM = RegisteredMethod("slim", Changes.WIDTH, "slim.width.SlimWidth", Needs.INPUTS)
 BLOCK_DROP = RegisteredMethod("block-drop", Changes.LAYERS, None)
 LAYER_DROP = RegisteredMethod("layer-drop", Changes.EXPERTS_OF_LAYERS, None, in_gguf=False)
 
 _ALL = (
-    *(
-        RegisteredMethod(name, Changes.NUMBER, partial(Prune, name), score=CRITERIA.get(name))
-        for name in (*CRITERIA, REMOVAL_ERROR)
-    ),
-    RegisteredMethod("m-smoe", Changes.MERGED, MSMoE),
-    RegisteredMethod("hc-smoe", Changes.MERGED, HCSMoE),
-    RegisteredMethod("ream", Changes.MERGED, REAM, is_sequential=True, largest_group=REAM.group_size),
-    RegisteredMethod("svd", Changes.VALUES, ActivationSvd),
-    RegisteredMethod("d2-moe", Changes.VALUES, D2Moe),
-    RegisteredMethod("mobe", Changes.VALUES, Mobe),
+    *(RegisteredMethod(name, Changes.NUMBER, _PRUNE, score=score) for name, score in CRITERIA.items()),
+    RegisteredMethod(REMOVAL_ERROR, Changes.NUMBER, _PRUNE, Needs.INPUTS),
+    RegisteredMethod("m-smoe", Changes.MERGED, "merge.m_smoe.MSMoE", Needs.WEIGHTS),
+    RegisteredMethod("hc-smoe", Changes.MERGED, "merge.hc_smoe.HCSMoE", Needs.INPUTS),
+    RegisteredMethod("ream", Changes.MERGED, "merge.ream.REAM", Needs.INPUTS, is_sequential=True, largest_group=16),
+    RegisteredMethod("svd", Changes.VALUES, "decompose.svd.ActivationSvd", Needs.INPUTS),
+    RegisteredMethod("d2-moe", Changes.VALUES, "decompose.d2_moe.D2Moe", Needs.INPUTS),
+    RegisteredMethod("mobe", Changes.VALUES, "decompose.mobe.Mobe", Needs.WEIGHTS),
     SLIM,
     BLOCK_DROP,
     LAYER_DROP,
@@ -116,9 +112,12 @@ KEEPS_EXPERTS = (SLIM.name, BLOCK_DROP.name, LAYER_DROP.name)
 
 def made(name: str, target: int) -> Method:
     """Makes the method of this name for one layer; the target is the number of experts left, the width, or a size."""
-    make = METHODS[name].make
-    assert make is not None, f"{name} is about whole layers"
-    return make(target)
+    kind = METHODS[name].kind
+    assert kind is not None, f"{name} is about whole layers"
+    module, _, class_name = f"{__package__}.{kind}".rpartition(".")
+    make = getattr(import_module(module), class_name)
+    method: Method = make(name, target) if kind == _PRUNE else make(target)
+    return method
 
 
 def fewest_experts(method: str, teacher: ModelSpec) -> int:

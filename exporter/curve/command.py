@@ -33,8 +33,8 @@ from exporter.searching.outlook import refuse_unless_something_fits
 from exporter.searching.structures import structures_for
 from exporter.work.directory import WorkDirectory, make_folder
 from exporter.work.input_state import refuse_changed_texts
+from exporter.writing.gguf.file_size import predict_file_size
 from exporter.writing.gguf.mixes import ALIASES, MIXES
-from exporter.writing.gguf.writer import predict_file_size
 from validate.report import render_curve
 
 __all__ = ["DEFAULT_SIZES", "curve_plan", "publish_curve", "run_pareto"]

@@ -9,12 +9,12 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.source import Origin
 from exporter.estimating.prediction import Prediction
 from exporter.planning.recipe import BudgetChoice, FileChoice
+from exporter.writing.gguf.file_size import predict_file_size
 from exporter.writing.gguf.layout import plan_tensors as gguf_tensors
 from exporter.writing.gguf.memory import predict_runtime_bytes as gguf_runtime_bytes
-from exporter.writing.gguf.writer import predict_file_size
+from exporter.writing.onnx.file_size import predict_size
 from exporter.writing.onnx.layout import plan_tensors as onnx_tensors
 from exporter.writing.onnx.memory import predict_runtime_bytes as onnx_runtime_bytes
-from exporter.writing.onnx.writer import predict_size
 from validate.runtimes.measure import measure_base
 
 __all__ = ["expert_bits", "predict", "runtime_reserve"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from compressors.calibration.layer_inputs import n_kept_blocks
+from compressors.calibration.sizes import n_kept_blocks
 from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.opening import open_source
@@ -127,7 +127,7 @@ class _Passes:
     """Seconds of one pass over a model."""
 
     def __init__(self, source: Source, speeds: Speeds, free_memory: int) -> None:
-        self._itemsize = source.dtype.itemsize
+        self._itemsize = source.storage_type.itemsize
         self._speeds = speeds
         self._stays_cached = source.n_bytes < free_memory
 

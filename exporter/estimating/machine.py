@@ -9,16 +9,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from compressors.calibration.splits import BLOCK_LENGTH
-from compressors.model.running.arithmetic import dtype_of
-from compressors.model.running.memory import BLOCKS_AT_ONCE
+from compressors.model.files.gguf.ggml import quantize_into
+from compressors.model.files.storage_type import StorageType
+from compressors.model.running.memory import blocks_at_once
 from compressors.model.sources.opening import open_source
-from compressors.quantize import GGMLQuantizationType, fallback_type, quantize_rows
+from compressors.quantize import GGMLQuantizationType, fallback_type, row_bytes
 from exporter.estimating.estimate import COPIED_TYPES, Speeds
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import FileChoice
+from exporter.processes.team import usable_processors
 from exporter.writing.gguf.mixes import mix_named
 
 __all__ = ["measure_speeds"]
@@ -28,16 +30,15 @@ _CHUNK_BYTES = 4 << 20
 _SECONDS_READING = 1.0
 _SECONDS_COMPUTING = 0.3
 _QUANTIZED_ROWS = 32
+_BFLOAT16_GAIN = 3.5  # with matrix units, which alone make it worthwhile (compressors.model.running.arithmetic)
 
 
 def measure_speeds(plan: Plan) -> Speeds:
     """The speeds of a plan's own sizes, types and threads."""
     largest = max(open_source(plan.source).files, key=lambda file: file.stat().st_size)
-    arithmetic = dtype_of(plan.recipe.arithmetic)
-    reference = multiply_adds = _multiply_adds_per_second(plan, torch.float32)
-    if arithmetic is not torch.float32:
-        multiply_adds = _multiply_adds_per_second(plan, arithmetic)
-    return Speeds(_read_bytes_per_second(largest), multiply_adds, reference, _quantized_per_second(plan))
+    reference = _multiply_adds_per_second(plan)
+    gain = 1.0 if plan.recipe.arithmetic == "float32" else _BFLOAT16_GAIN
+    return Speeds(_read_bytes_per_second(largest), gain * reference, reference, _quantized_per_second(plan))
 
 
 def _read_bytes_per_second(file: Path) -> float:
@@ -56,18 +57,18 @@ def _read_bytes_per_second(file: Path) -> float:
         return n_bytes / (time.perf_counter() - start)
 
 
-def _multiply_adds_per_second(plan: Plan, dtype: torch.dtype) -> float:
-    """Multiplies the tokens that one expert gets in one call by its gate and up projection."""
+def _multiply_adds_per_second(plan: Plan) -> float:
+    """Multiplies the tokens that one expert gets in one call by its gate and up projection, in float32.
+
+    numpy computes here, since torch takes a second to import; its threads are as many as the system offers, and other
+    numbers are taken to be faster or slower in proportion.
+    """
     spec = plan.teacher_spec
-    n_rows = max(1, BLOCKS_AT_ONCE[dtype] * BLOCK_LENGTH * spec.top_k // spec.n_experts)
-    inputs = torch.ones(n_rows, spec.hidden_size, dtype=dtype)
-    weights = torch.ones(2 * spec.expert_width, spec.hidden_size, dtype=dtype)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(plan.recipe.threads)
-    try:
-        return _per_second(lambda: torch.nn.functional.linear(inputs, weights)) * n_rows * weights.numel()
-    finally:
-        torch.set_num_threads(threads)
+    n_rows = max(1, blocks_at_once(StorageType.F32) * BLOCK_LENGTH * spec.top_k // spec.n_experts)
+    inputs = np.ones((n_rows, spec.hidden_size), dtype=np.float32)
+    weights = np.ones((spec.hidden_size, 2 * spec.expert_width), dtype=np.float32)
+    offered = int(os.environ.get("OMP_NUM_THREADS") or usable_processors())
+    return _per_second(lambda: inputs @ weights) * n_rows * weights.size * plan.recipe.threads / offered
 
 
 def _quantized_per_second(plan: Plan) -> float:
@@ -76,18 +77,19 @@ def _quantized_per_second(plan: Plan) -> float:
     quantized = [ggml_type for ggml_type in types if ggml_type.name not in COPIED_TYPES]
     if not quantized:
         return float("inf")
-    rows = torch.randn(_QUANTIZED_ROWS, plan.teacher_spec.hidden_size, generator=torch.Generator().manual_seed(0))
-    importance = torch.ones(rows.shape[1])
+    rows = np.random.default_rng(0).standard_normal((_QUANTIZED_ROWS, plan.teacher_spec.hidden_size), dtype=np.float32)
+    importance = np.ones(rows.shape[1], dtype=np.float32)
     ggml_type = fallback_type(quantized[0], rows.shape[1])
     threads = plan.recipe.threads
+    outputs = np.empty((threads, len(rows), row_bytes(ggml_type, rows.shape[1])), dtype=np.uint8)
     with ThreadPoolExecutor(threads) as pool:
 
         def all_threads() -> None:
-            jobs = [pool.submit(quantize_rows, rows, ggml_type, importance, name="trial") for _ in range(threads)]
+            jobs = [pool.submit(quantize_into, stored, rows, ggml_type, importance) for stored in outputs]
             for job in jobs:
                 job.result()
 
-        return _per_second(all_threads) * rows.numel() * threads
+        return _per_second(all_threads) * rows.size * threads
 
 
 def _commonest_type(choice: FileChoice) -> GGMLQuantizationType:

@@ -8,15 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-
-from compressors.calibration.layer_inputs import layer_input_bytes
+from compressors.calibration.sizes import TARGET_BYTES, layer_input_bytes, log_prob_bytes, statistics_bytes
 from compressors.calibration.splits import BLOCK_LENGTH
-from compressors.calibration.statistics import LayerStatistics
-from compressors.calibration.teacher import TARGET_BYTES
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import Kind
-from compressors.model.predictions.log_probs import log_prob_bytes
 from compressors.model.running.memory import PROCESS_BYTES, positions_at_once, working_bytes
 from compressors.model.sources.opening import open_source
 from compressors.recover.scopes import Scope
@@ -25,7 +20,7 @@ from exporter.estimating.planned_types import planned_block_length, same_numbers
 from exporter.planning.compression import changes_experts
 from exporter.planning.plan import Plan
 from exporter.planning.recovery import scope_of
-from exporter.writing.feedback import least_feedback_bytes
+from exporter.writing.feedback_memory import least_feedback_bytes
 from validate.routing.router_inputs import ROUTER_CHUNKS
 from validate.runtimes.backend import scored_positions
 
@@ -148,13 +143,13 @@ def _router_input_bytes(plan: Plan) -> int:
 
 def student_bytes(plan: Plan) -> int:
     """Bytes of the student's checkpoint: the source's dtype, but routers, if it has any, in float32."""
-    shape, itemsize = plan.student_spec, open_source(plan.source).dtype.itemsize
+    shape, itemsize = plan.student_spec, open_source(plan.source).storage_type.itemsize
     return shape.parameters * itemsize + _router_values(shape.written) * (4 - itemsize)
 
 
 def _expert_bytes(plan: Plan) -> int:
     """Bytes of all of the student's experts in the source's dtype."""
-    shape, itemsize = plan.student_spec, open_source(plan.source).dtype.itemsize
+    shape, itemsize = plan.student_spec, open_source(plan.source).storage_type.itemsize
     return sum(layer.n_experts * layer.expert_parameters for layer in shape.layers) * itemsize
 
 
@@ -220,5 +215,4 @@ def _own_statistics_bytes(plan: Plan) -> int:
 
 def _statistics_bytes(spec: ModelSpec) -> int:
     """Bytes of the largest layer's statistics."""
-    with torch.device("meta"):
-        return max(LayerStatistics.zeros(layer).n_bytes for layer in spec.layers)
+    return max(statistics_bytes(layer) for layer in spec.layers)

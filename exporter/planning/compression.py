@@ -1,4 +1,4 @@
-"""Turns the recipe's ``compress`` choice into a target for each layer.
+"""The recipe's ``compress`` choice: its result as a description, its checks, and its words.
 
 The steps are always taken in this order: blocks go (Block Drop), MoE sub-layers go (Layer Drop), experts become fewer
 (pruning or merging), experts become narrower, experts are rewritten as factors. Any may be left out. A dense student's
@@ -7,33 +7,24 @@ layers end as one feed-forward each; it can only be combined with dropped blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
-import torch
-
-from compressors.calibration.statistics import LayerStatistics
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
-from compressors.model.running.streaming import StreamedModel
-from compressors.shrink.allocation import allocate_globally, super_experts
-from compressors.shrink.criteria import Criterion
-from compressors.shrink.dense import Condense, check_dense, dense_size
-from compressors.shrink.drop import block_similarities, moe_similarities, most_similar, window_similarities
-from compressors.shrink.layerwise import LayerTarget
-from compressors.shrink.moe_block import Method, Needs
-from compressors.shrink.prune import Prune
-from compressors.shrink.registry import METHODS, expert_counts, made
-from compressors.shrink.slim import SlimWidth, check_width
+from compressors.shrink.dense import check_dense, dense_size
+from compressors.shrink.needs import Needs
+from compressors.shrink.registry import METHODS, SLIM, expert_counts
+from compressors.shrink.slim import check_width
 from exporter.capabilities.table import refuse_unless_held
 from exporter.planning.recipe import CompressChoice, Recipe
 
 __all__ = [
+    "by_layer",
     "changes_experts",
     "check_compression",
+    "condensed_size",
     "described_compression",
     "expected_spec",
-    "layer_targets",
     "layers_with_experts",
     "runs_text",
 ]
@@ -53,17 +44,17 @@ def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
     with_experts = layers_with_experts(teacher)
     n_left = len(with_experts) - choice.drop_blocks
     n_moe = n_left - choice.drop_moe_layers
-    widths = _by_layer(choice.width, n_moe, teacher.expert_width)
-    experts = _by_layer(choice.experts, n_moe, teacher.n_experts)
+    widths = by_layer(choice.width, n_moe, teacher.expert_width)
+    experts = by_layer(choice.experts, n_moe, teacher.n_experts)
     sizes = [MoeSize(count, width) for count, width in zip(experts, widths, strict=True)]
     if choice.allocation == "global" and n_moe > 1 and teacher.top_k < experts[0] < teacher.n_experts:
         # stands for any distribution: one layer keeps one more, another one less
         sizes[:2] = [MoeSize(sizes[0].n_experts + 1, widths[0]), MoeSize(sizes[1].n_experts - 1, widths[1])]
     if choice.student == "dense":
-        sizes = [_dense_size(teacher, width) for width in widths]
-    by_layer = dict(zip(with_experts, sizes + [NO_MOE] * choice.drop_moe_layers, strict=False))
+        sizes = [condensed_size(teacher, width) for width in widths]
+    size_of = dict(zip(with_experts, sizes + [NO_MOE] * choice.drop_moe_layers, strict=False))
     left = [layer for layer in range(teacher.n_layers) if layer not in with_experts[n_left:]]
-    return teacher.with_sizes([by_layer.get(layer, NO_MOE) for layer in left], left)
+    return teacher.with_sizes([size_of.get(layer, NO_MOE) for layer in left], left)
 
 
 def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
@@ -83,14 +74,14 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
     _check_numbers("width", choice.width, n_moe, 1, teacher.expert_width)
     _check_numbers("edit_size", choice.edit_size, n_moe, 1, _largest_edit(choice, teacher, n_moe))
     if "gguf" in recipe.artifacts:
-        for width in _by_layer(choice.width, n_moe, teacher.expert_width):
+        for width in by_layer(choice.width, n_moe, teacher.expert_width):
             check_width(width, teacher.expert_width, for_gguf=choice.width is not None)
-    if choice.method == "none" and set(_by_layer(choice.experts, n_moe, teacher.n_experts)) != {teacher.n_experts}:
+    if choice.method == "none" and set(by_layer(choice.experts, n_moe, teacher.n_experts)) != {teacher.n_experts}:
         raise InputError(
             f"compress.experts: {choice.experts} of {teacher.n_experts} experts are to stay, but compress.method is "
             "none: name the method by which they become fewer, such as reap"
         )
-    if choice.allocation == "global" and _score(choice) is None:
+    if choice.allocation == "global" and (choice.method == "none" or METHODS[choice.method].score is None):
         scored = ", ".join(name for name, method in METHODS.items() if method.score is not None)
         raise InputError(
             f"compress.allocation: global needs a criterion whose scores are known in advance ({scored}); "
@@ -122,10 +113,14 @@ def runs_text(choice: CompressChoice, teacher: ModelSpec) -> bool:
     """True if compressing takes text through the model, because the sums of calibration do not suffice."""
     if choice.sequential or choice.consecutive_blocks:
         return True
-    fewest = min(_by_layer(choice.experts, 1, teacher.n_experts))
-    narrowest = min(_by_layer(choice.width, 1, teacher.expert_width))
-    methods = _methods(choice, teacher, fewest, narrowest, frozenset())
-    return any(method.needs == Needs.INPUTS for method in methods)
+    fewest = min(by_layer(choice.experts, 1, teacher.n_experts))
+    narrowest = min(by_layer(choice.width, 1, teacher.expert_width))
+    names = {
+        choice.method: fewest < teacher.n_experts,
+        SLIM.name: narrowest < teacher.expert_width,
+        choice.edit: choice.edit_size is not None,
+    }
+    return any(METHODS[name].needs is Needs.INPUTS for name, is_used in names.items() if is_used)
 
 
 def described_compression(choice: CompressChoice, teacher: ModelSpec) -> str:
@@ -149,93 +144,7 @@ def described_compression(choice: CompressChoice, teacher: ModelSpec) -> str:
     return ", ".join(parts)
 
 
-def layer_targets(
-    choice: CompressChoice,
-    teacher: ModelSpec,
-    statistics: Sequence[LayerStatistics],
-    open_teacher: Callable[[], StreamedModel],
-    tokens_BT: torch.Tensor,
-) -> list[LayerTarget]:
-    """Returns the target of each layer that stays.
-
-    Args:
-        choice: the recipe's choice.
-        teacher: the source.
-        statistics: the teacher's statistics by layer.
-        open_teacher: opens the teacher, if its states are needed.
-        tokens_BT: the sample for these states.
-
-    Raises:
-        InputError: super-experts are protected, and more of them than experts are kept.
-    """
-    layers = _layers_left(choice, teacher, statistics, open_teacher, tokens_BT)
-    candidates = [layer for layer in layers if layer in layers_with_experts(teacher)]
-    similarities = moe_similarities([statistics[layer] for layer in candidates])
-    dropped = most_similar(similarities, choice.drop_moe_layers, "MoE layers")
-    with_moe = [layer for number, layer in enumerate(candidates) if number not in dropped]
-    counts = _counts(choice, teacher, [statistics[layer] for layer in with_moe])
-    protected = super_experts(statistics) if choice.protect_super_experts else [frozenset[int]()] * teacher.n_layers
-    widths = _by_layer(choice.width, len(with_moe), teacher.expert_width)
-    targets = {
-        layer: LayerTarget(
-            layer,
-            _dense_size(teacher, width) if choice.student == "dense" else MoeSize(count, width),
-            tuple(_methods(choice, teacher, count, width, protected[layer])),
-        )
-        for layer, count, width in zip(with_moe, counts, widths, strict=True)
-    }
-    return [targets.get(layer, LayerTarget(layer, NO_MOE)) for layer in layers]
-
-
-def _layers_left(
-    choice: CompressChoice,
-    teacher: ModelSpec,
-    statistics: Sequence[LayerStatistics],
-    open_teacher: Callable[[], StreamedModel],
-    tokens_BT: torch.Tensor,
-) -> list[int]:
-    candidates = layers_with_experts(teacher)
-    if choice.drop_blocks and choice.consecutive_blocks:
-        scores, n_layers = window_similarities(open_teacher(), tokens_BT, choice.drop_blocks), choice.drop_blocks
-        windows = [first for first in range(len(scores)) if {*range(first, first + n_layers)} <= {*candidates}]
-        (best,) = most_similar(scores[windows], 1, "windows")
-        dropped: Sequence[int] = range(windows[best], windows[best] + n_layers)
-    else:
-        similarities = block_similarities([statistics[layer] for layer in candidates])
-        dropped = [candidates[number] for number in most_similar(similarities, choice.drop_blocks, "blocks")]
-    return [layer for layer in range(teacher.n_layers) if layer not in dropped]
-
-
-def _counts(choice: CompressChoice, teacher: ModelSpec, statistics: Sequence[LayerStatistics]) -> Sequence[int]:
-    score = _score(choice)
-    if choice.allocation == "global" and isinstance(choice.experts, int) and score is not None:
-        scores = [score(layer) for layer in statistics]
-        shares = [scores_E / scores_E.sum() for scores_E in scores]  # norms grow with the depth of most models
-        return allocate_globally(shares, choice.experts * len(statistics), teacher.top_k)
-    return _by_layer(choice.experts, len(statistics), teacher.n_experts)
-
-
-def _score(choice: CompressChoice) -> Criterion | None:
-    return None if choice.method == "none" else METHODS[choice.method].score
-
-
-def _methods(
-    choice: CompressChoice, teacher: ModelSpec, n_experts: int, width: int, protected: frozenset[int]
-) -> Sequence[Method]:
-    methods: list[Method] = []
-    if n_experts < teacher.n_experts:
-        fewer = made(choice.method, n_experts)
-        methods.append(replace(fewer, protected=protected) if isinstance(fewer, Prune) else fewer)
-    if width < teacher.expert_width:
-        methods.append(SlimWidth(width))
-    if choice.edit_size is not None:
-        methods.append(made(choice.edit, choice.edit_size))
-    if choice.student == "dense":
-        methods.append(Condense())
-    return methods
-
-
-def _dense_size(teacher: ModelSpec, width: int) -> MoeSize:
+def condensed_size(teacher: ModelSpec, width: int) -> MoeSize:
     """The size of the one expert that a layer's experts of this width become."""
     return dense_size(teacher.with_sizes([MoeSize(teacher.n_experts, width)] * teacher.n_layers))
 
@@ -251,7 +160,7 @@ def _check_dense_recipe(recipe: Recipe, teacher: ModelSpec) -> None:
         )
     fields = {
         "method": choice.method != "none",
-        "experts": set(_by_layer(choice.experts, 1, teacher.n_experts)) != {teacher.n_experts},
+        "experts": set(by_layer(choice.experts, 1, teacher.n_experts)) != {teacher.n_experts},
         "drop_moe_layers": choice.drop_moe_layers > 0,
         "allocation": choice.allocation != "layer",
         "protect_super_experts": choice.protect_super_experts,
@@ -266,7 +175,8 @@ def _check_dense_recipe(recipe: Recipe, teacher: ModelSpec) -> None:
         )
 
 
-def _by_layer(value: int | tuple[int, ...] | None, n_layers: int, default: int) -> Sequence[int]:
+def by_layer(value: int | tuple[int, ...] | None, n_layers: int, default: int) -> Sequence[int]:
+    """The number of each layer, where a choice gives one for each, one for all, or none, which means the default."""
     return value if isinstance(value, tuple) else [default if value is None else value] * n_layers
 
 
@@ -276,7 +186,7 @@ def _check_numbers(field: str, value: int | tuple[int, ...] | None, n_layers: in
             f"compress.{field}: {len(value)} numbers for {n_layers} layers with experts; give one for each, "
             "or one for all"
         )
-    for number in _by_layer(value, n_layers, default=highest):
+    for number in by_layer(value, n_layers, default=highest):
         if not lowest <= number <= highest:
             raise InputError(_out_of_range(field, number, lowest, highest))
 
@@ -284,7 +194,7 @@ def _check_numbers(field: str, value: int | tuple[int, ...] | None, n_layers: in
 def _check_groups(choice: CompressChoice, teacher: ModelSpec, counts: range) -> None:
     """Refuses numbers of experts that do not leave the groups that routers choose from first equal in size."""
     n_groups = -counts.step
-    kept = _by_layer(choice.experts, 1, teacher.n_experts)
+    kept = by_layer(choice.experts, 1, teacher.n_experts)
     if n_groups > 1 and (choice.allocation == "global" or not set(kept) <= set(counts)):
         raise InputError(
             f"compress.experts: the routers of {teacher.model_type} choose among {n_groups} groups of experts, which "
@@ -297,8 +207,8 @@ def _largest_edit(choice: CompressChoice, teacher: ModelSpec, n_moe: int) -> int
     if choice.edit == "mobe" and choice.allocation == "global":
         return teacher.top_k
     if choice.edit == "mobe":
-        return min(_by_layer(choice.experts, n_moe, teacher.n_experts))
-    return min(*_by_layer(choice.width, n_moe, teacher.expert_width), teacher.hidden_size)
+        return min(by_layer(choice.experts, n_moe, teacher.n_experts))
+    return min(*by_layer(choice.width, n_moe, teacher.expert_width), teacher.hidden_size)
 
 
 def _out_of_range(field: str, number: int, lowest: int, highest: int) -> str:

@@ -23,7 +23,6 @@ from exporter.processes.team import local_processes
 from exporter.publishing.deviations import find_deviations
 from exporter.publishing.model_name import model_name, whole_path
 from exporter.writing.files import sha256_of
-from exporter.writing.gguf.imatrix import read_imatrix
 
 __all__ = ["make_plan", "texts_of"]
 
@@ -58,6 +57,8 @@ def make_plan(job: Job, command: str) -> Plan:
     if recipe.compress.student == "dense" and "routing" in job.require:
         raise InputError("--require: a dense student has no routing to compare; leave routing out")
     if job.imatrix is not None:
+        from exporter.writing.gguf.imatrix import read_imatrix  # it needs torch
+
         read_imatrix(job.imatrix, checkpoint.spec)  # refused now, not by a stage
     plan = Plan(
         recipe=recipe,

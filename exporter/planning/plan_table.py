@@ -54,7 +54,7 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     for name in ("file", "weights", "kv_cache", "compute", "reserve", "total"):
         values = (format_size(getattr(prediction, name)) for prediction in plan.predictions.values())
         sizes.add_row(name.replace("_", " "), *values)
-    disk, memory = disk_lines(plan), memory_lines(teacher, plan.student_spec, source.dtype.itemsize)
+    disk, memory = disk_lines(plan), memory_lines(teacher, plan.student_spec, source.storage_type.itemsize)
     return Group(choices, "", sizes, "", _lines("work on disk, at most", disk), "", _lines("memory, at least", memory))
 
 

@@ -118,7 +118,7 @@ def open_recipe(job: Job, checkpoint: Source, name: str, text: TextChoice) -> Re
             kv_type=job.kv_type,  # type: ignore[arg-type]
         ),
         text=text,
-        arithmetic=fastest_arithmetic(checkpoint.spec, checkpoint.dtype, job.device),
+        arithmetic=fastest_arithmetic(checkpoint.spec, checkpoint.storage_type, job.device),
         compress=whole(checkpoint.spec),
         recover=RecoverChoice(seed=job.seed),
         gguf=file if "gguf" in job.formats else None,

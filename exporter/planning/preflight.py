@@ -115,7 +115,7 @@ def refuse_too_large_rungs(plan: Plan) -> None:
     Raises:
         InputError: it is too small for one of them.
     """
-    spec, itemsize, recover = plan.student_spec, open_source(plan.source).dtype.itemsize, plan.recipe.recover
+    spec, itemsize, recover = plan.student_spec, open_source(plan.source).storage_type.itemsize, plan.recipe.recover
     for rung in recover.rungs:
         if rung.scope != "router":  # routers need no more than inference
             refuse_too_large(scope_of(rung), spec, itemsize, plan.memory_bytes)

@@ -9,8 +9,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import Kind, TensorSpec
 from compressors.model.errors import InputError
-from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH
-from compressors.recover.schedule import RATES_HIDDEN_SIZE, Schedule
+from compressors.recover.schedule import RATES_HIDDEN_SIZE, UPDATES_PER_BATCH, Schedule
 from compressors.recover.scopes import BlockLength, Scope
 from compressors.recover.training_memory import refuse_too_large
 from exporter.planning.recipe import CompressChoice, RecoverChoice, RungChoice

@@ -10,10 +10,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 
-import torch
-
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
+from compressors.model.files.storage_type import StorageType
 from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
@@ -52,7 +51,7 @@ def choose_teacher_floor(
         memory_bytes: memory that the run may use.
         disk_bytes: space that the run leaves free on the disk of its work.
     """
-    weight_type = exact_type(artifact, checkpoint.dtype)
+    weight_type = exact_type(artifact, checkpoint.storage_type)
 
     def prediction(n_layers: int) -> Prediction:
         spec = _first_layers_map(checkpoint.spec, n_layers).spec_of(checkpoint.spec)
@@ -89,9 +88,9 @@ def _fewest_layers(spec: ModelSpec, container: Container) -> int | None:
     return next((n_layers for n_layers, student in students if refusal(student, container) is None), None)
 
 
-def exact_type(artifact: str, dtype: torch.dtype) -> str:
-    """The smallest type that holds numbers of this dtype exactly."""
-    return "BF16" if artifact == "gguf" and dtype is torch.bfloat16 else "F32"
+def exact_type(artifact: str, weights: StorageType) -> str:
+    """The smallest type that holds numbers of this format exactly."""
+    return "BF16" if artifact == "gguf" and weights is StorageType.BF16 else "F32"
 
 
 def first_layers(source: Source, n_layers: int) -> Student:

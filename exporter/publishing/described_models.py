@@ -25,7 +25,7 @@ def described_source(choice: SourceChoice, source: Source) -> dict[str, Any]:
         "family": spec.model_type,
         "parameters": spec.parameters,
         "bytes": stored_bytes(source),
-        "dtype": str(source.dtype).removeprefix("torch."),
+        "dtype": source.storage_type.torch_name,
         "stored_as": source.stored_as,
         "n_layers": spec.n_layers,
         "n_moe_layers": sum(layer.routed is not None for layer in spec.layers),

@@ -9,7 +9,7 @@ from typing import Any
 from compressors.model.predictions.routing_record import RoutingRecord
 from exporter.file_names import COST, EVALUATION, ROUTING
 from exporter.planning.plan import Plan
-from exporter.stages.judge.reference import SAME_WEIGHTS, written_evaluation
+from exporter.stages.finished import SAME_WEIGHTS, written_evaluation
 from exporter.work.directory import StageRecord, WorkDirectory
 from validate.metrics.evaluation import Evaluation
 from validate.metrics.floors import floor_figures

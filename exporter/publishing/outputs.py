@@ -22,7 +22,7 @@ from exporter.file_names import (
     SUMS,
 )
 from exporter.planning.plan import Plan
-from exporter.stages.inputs import artifact_path
+from exporter.stages.finished import artifact_path
 from exporter.work.directory import WorkDirectory, exclusive, make_folder
 from exporter.writing.files import flush, flush_folder, sha256_of
 

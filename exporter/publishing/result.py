@@ -25,7 +25,7 @@ from exporter.publishing.environment import environment
 from exporter.publishing.floors import floors_of
 from exporter.publishing.outputs import Artifact
 from exporter.publishing.search_figures import named_types, search_figures
-from exporter.stages.inputs import heldout_domains, open_student, scheduled_blocks
+from exporter.stages.finished import heldout_domains, open_student, scheduled_blocks
 from exporter.work.directory import StageRecord, WorkDirectory
 from validate.metrics.cloze import cloze_figures, load_last_words
 from validate.metrics.domains import domain_figures

@@ -37,7 +37,7 @@ def ladder(
     return choose_ladder(
         "none" if wish == "auto" and is_original else wish_for(wish, compress),
         expected_spec(compress, source.spec),
-        source.dtype.itemsize,
+        source.storage_type.itemsize,
         machine,
         seed,
     )

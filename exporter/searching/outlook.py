@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from compressors.model.errors import BudgetError, UnsupportedError
+from compressors.model.files.storage_type import StorageType
 from compressors.model.sources.source import Source
 from compressors.sensitivity import TypeTable, default_table
 from exporter.estimating.sizes import format_size
@@ -101,7 +100,7 @@ def _least(
     for choice in structures:
         try:
             untyped = untyped_file_of(recipe, artifact, checkpoint, choice)
-            units = units_of(untyped, checkpoint.dtype)
+            units = units_of(untyped, checkpoint.storage_type)
         except UnsupportedError as error:
             refusal = refusal or error
             continue
@@ -112,7 +111,8 @@ def _least(
         raise refusal
     possible.sort(key=lambda entry: entry[0])
     needs = [
-        (smallest(untyped, units_of(untyped, checkpoint.dtype)), choice) for _, choice, untyped in possible[:_SMALLEST]
+        (smallest(untyped, units_of(untyped, checkpoint.storage_type)), choice)
+        for _, choice, untyped in possible[:_SMALLEST]
     ]
     return min(needs, key=lambda need: need[0])
 
@@ -152,7 +152,7 @@ def outlook_of(recipe: Recipe, artifact: str, checkpoint: Source, choice: Compre
     """A structure with the types that are expected to be best; None if none fit, or the container cannot hold it."""
     try:
         untyped = untyped_file_of(recipe, artifact, checkpoint, choice)
-        table = _default_table(untyped, checkpoint.dtype)
+        table = _default_table(untyped, checkpoint.storage_type)
     except UnsupportedError:
         return None
     fitted = best_fit(untyped, table)
@@ -161,5 +161,5 @@ def outlook_of(recipe: Recipe, artifact: str, checkpoint: Source, choice: Compre
     return Outlook(choice, untyped, fitted, expected_loss(choice, checkpoint.spec) + fitted.allocation.divergence)
 
 
-def _default_table(untyped: UntypedFile, dtype: torch.dtype) -> TypeTable:
-    return default_table(untyped.spec, units_of(untyped, dtype))
+def _default_table(untyped: UntypedFile, weights: StorageType) -> TypeTable:
+    return default_table(untyped.spec, units_of(untyped, weights))

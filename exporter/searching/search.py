@@ -142,12 +142,12 @@ class Search:
         """A structure with the best types that fit; None if none do."""
         try:
             untyped = untyped_file_of(self._recipe, artifact, self._source, choice)
-            units_of(untyped, self._source.dtype)  # refused now, before the structure is built
+            units_of(untyped, self._source.storage_type)  # refused now, before the structure is built
         except UnsupportedError:
             return None
 
         def units(student: Student) -> tuple[UnitPlan, ...]:
-            return units_of(untyped, self._source.dtype, student.stored_types)
+            return units_of(untyped, self._source.storage_type, student.stored_types)
 
         trial, name = self._trial(choice), f"{artifact}-{untyped.choice.quantizer}"
         fitted = best_fit(untyped, trial.table(units, name), most_seconds(untyped, self._wishes.prefer))

@@ -12,7 +12,10 @@ import torch
 
 from compressors.model.running.arithmetic import dtype_of
 from compressors.model.sources.student import Student
-from compressors.sensitivity import Sensitivities, TypeTable, UnitPlan, gather_sensitivities, measured_table
+from compressors.sensitivity import TypeTable, UnitPlan
+from compressors.sensitivity.gathering import gather_sensitivities
+from compressors.sensitivity.matrices import Sensitivities
+from compressors.sensitivity.measuring import measured_table
 from exporter.file_names import SENSITIVITIES, TRIAL
 from exporter.planning.recipe import CompressChoice
 from exporter.searching.ladder import ladder_for

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import UnsupportedError
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
-from compressors.model.files.integer_blocks import BlockType
-from compressors.quantize.blocks import search_blocks
-from compressors.quantize.feedback import searched_q2_0
+from compressors.model.files.storage_type import StorageType
 from compressors.sensitivity import Candidate, Quantizer, UnitPlan, feedback_factor, ggml_quantizer
+from compressors.sensitivity.quantizers import blocks_quantizer, searched_q2_0_quantizer
 from exporter.estimating.prediction import Prediction
 from exporter.planning.recipe import FileChoice
 from exporter.searching.decode_cost import seconds_of
@@ -33,23 +30,23 @@ _INT8_INPUTS = 1.0
 """The error of the 8-bit inputs of ONNX Runtime's 8-bit products, relative to that of the weights."""
 
 _EXACT = {
-    torch.bfloat16: GGMLQuantizationType.BF16,
-    torch.float16: GGMLQuantizationType.F16,
-    torch.float32: GGMLQuantizationType.F32,
+    StorageType.BF16: GGMLQuantizationType.BF16,
+    StorageType.F16: GGMLQuantizationType.F16,
+    StorageType.F32: GGMLQuantizationType.F32,
 }
 
 
-def units_of(untyped: UntypedFile, dtype: torch.dtype, stored: StoredTypes | None = None) -> tuple[UnitPlan, ...]:
+def units_of(untyped: UntypedFile, weights: StorageType, stored: StoredTypes | None = None) -> tuple[UnitPlan, ...]:
     """Lists the choices that a file leaves.
 
     Args:
         untyped: the file.
-        dtype: the dtype of the source's weights.
+        weights: the format of the source's weights.
         stored: the source's types of unchanged tensors; None: those of the source's layers, as if all were unchanged
             whose shape is.
     """
     if untyped.artifact == "gguf":
-        return gguf_units(untyped.spec, dtype, untyped.choice, _expected_types(untyped) if stored is None else stored)
+        return gguf_units(untyped.spec, weights, untyped.choice, _expected_types(untyped) if stored is None else stored)
     return onnx_unit_plans(untyped.spec, untyped.choice)
 
 
@@ -90,7 +87,7 @@ def _are_alike(one: LayerSpec, other: LayerSpec) -> bool:
 
 def gguf_units(
     spec: ModelSpec,
-    dtype: torch.dtype,
+    weights: StorageType,
     choice: FileChoice,
     stored: StoredTypes = lambda _role, _layer: (),
 ) -> tuple[UnitPlan, ...]:
@@ -98,15 +95,15 @@ def gguf_units(
 
     Args:
         spec: the student.
-        dtype: the dtype of its weights; one type holds them exactly.
+        weights: the format of its weights; one type holds them exactly.
         choice: says how codes are chosen.
         stored: the types in which the source holds tensors that are unchanged; these are exact, too.
     """
-    exact = _EXACT[dtype]
+    exact = _EXACT[weights]
     last = (GGMLQuantizationType[name] for name in sorted(LAST_RESORT))
     quantizers: dict[GGMLQuantizationType, Quantizer | None] = {exact: None}
     if choice.quantizer == "feedback":
-        quantizers[GGMLQuantizationType.Q2_0] = searched_q2_0
+        quantizers[GGMLQuantizationType.Q2_0] = searched_q2_0_quantizer
     plans = plan_gguf_units(
         spec,
         (exact, *ALLOCATED_TYPES, *last),
@@ -144,14 +141,4 @@ def _encoding_candidate(encoding: Encoding, n_bytes: int, with_feedback: bool) -
 
     if encoding.ggml_type is not None:
         return Candidate(encoding.name, n_bytes, ggml_quantizer(encoding.ggml_type), factor)
-    return Candidate(encoding.name, n_bytes, _blocks_quantizer(encoding.blocks), factor)
-
-
-def _blocks_quantizer(blocks: BlockType) -> Quantizer:
-    """A quantizer that searches the scales of ONNX Runtime's blocks."""
-
-    def quantize(values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str) -> torch.Tensor:
-        found = search_blocks(values_RN, blocks.bits, blocks.block_size, importance_N, name=name)
-        return torch.from_numpy(found.values())
-
-    return quantize
+    return Candidate(encoding.name, n_bytes, blocks_quantizer(encoding.blocks), factor)

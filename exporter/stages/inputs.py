@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +14,11 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.model.sources.weights import WrittenWeights
-from exporter.file_names import (
-    BLOCKS,
-    EXPERT_MAP,
-    GGUF_FILE,
-    ONNX_FOLDER,
-    OVERLAY,
-    RUNG_OVERLAY,
-    SCHEDULE,
-    STATISTICS,
-    SUMMARY,
-)
+from exporter.file_names import BLOCKS, STATISTICS
 from exporter.planning.plan import Plan
+from exporter.stages.finished import artifact_path, heldout_domains, open_student, scheduled_blocks
 from exporter.work.directory import WorkDirectory
 from exporter.work.stage import StageContext
 from exporter.writing.gguf.imatrix import read_imatrix
@@ -73,12 +62,6 @@ def token_blocks(work: WorkDirectory) -> Blocks:
     return Blocks.load(work.path("calibrate", BLOCKS))
 
 
-def heldout_domains(work: WorkDirectory) -> list[str]:
-    """The domain of each held-out chunk: the name of the file that it is from."""
-    domains: list[str] = json.loads(work.path("calibrate", SUMMARY).read_text(encoding="utf-8"))["heldout_domains"]
-    return domains
-
-
 def teacher_statistics(plan: Plan, work: WorkDirectory) -> StoredStatistics:
     """The teacher's sums over the calibration tokens; each layer's are read when they are asked for."""
     return StoredStatistics(work.path("calibrate", STATISTICS), plan.teacher_spec.n_layers)
@@ -88,17 +71,6 @@ def own_statistics(student: Student, work: WorkDirectory) -> StoredStatistics | 
     """The sums as the student's experts see them; None where its experts are the teacher's."""
     path = work.path("compress", STATISTICS)
     return StoredStatistics(path, student.spec.n_layers) if path.exists() else None
-
-
-def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Student:
-    """The student as a stage left it: ``compress``, or ``recover``, the last to change it.
-
-    Raises:
-        InputError: a file is missing or damaged.
-    """
-    taught = work.paths("recover", RUNG_OVERLAY) if stage == "recover" else []
-    overlays = [*reversed(taught), *work.paths("compress", OVERLAY)]  # the first that has a tensor wins
-    return Student.load(open_source(plan.source), work.path("compress", EXPERT_MAP), overlays)
 
 
 def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:
@@ -113,20 +85,6 @@ def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importan
     if plan.imatrix is not None:
         return importance_of_kept(read_imatrix(plan.imatrix, plan.teacher_spec), student.experts)
     return importance(teacher_statistics(plan, work), student.experts, student.spec)
-
-
-def scheduled_blocks(work: WorkDirectory) -> list[int]:
-    """The numbers of blocks that the schedule gives to everything that the recipe trains."""
-    blocks: list[int] = json.loads(work.path("schedule", SCHEDULE).read_text(encoding="utf-8"))["blocks"]
-    return blocks
-
-
-def artifact_path(work: WorkDirectory, artifact: str) -> Path:
-    """The GGUF file, or the folder of the ONNX model, as its stage wrote it."""
-    if artifact == "onnx":
-        return work.path(artifact, ONNX_FOLDER)
-    (path,) = work.paths(artifact, GGUF_FILE)
-    return path
 
 
 def written_weights(plan: Plan, work: WorkDirectory, spec: ModelSpec) -> dict[str, WrittenWeights]:

@@ -15,10 +15,10 @@ from compressors.model.description.gguf_rope import gguf_rope_of
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
+from compressors.model.files.onnx_names import MODEL_FILE
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
-from compressors.model.sources.onnx import MODEL_FILE
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs

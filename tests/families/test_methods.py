@@ -22,7 +22,7 @@ from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
-from compressors.shrink.slim import SlimWidth
+from compressors.shrink.slim.width import SlimWidth
 from exporter.writing.hf_checkpoint import write_checkpoint
 
 

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from compressors.calibration.statistics import LayerStatistics
 from compressors.model.description.roles import Role
+from compressors.model.files.onnx_names import MODEL_FILE
 from compressors.model.running.gradients import ParameterKey, streamed_gradients
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
-from compressors.model.sources.onnx import MODEL_FILE, OnnxWeights
+from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import Student
 from compressors.recover.scopes import Scope
 from compressors.recover.trained_student import TrainedStudent
@@ -28,7 +29,7 @@ from compressors.shrink.decompose import ActivationSvd, D2Moe, Mobe
 from compressors.shrink.layerwise import _block
 from compressors.shrink.merge import REAM, HCSMoE, MSMoE
 from compressors.shrink.moe_block import Evidence, Method, MoeBlock
-from compressors.shrink.slim import SlimWidth
+from compressors.shrink.slim.width import SlimWidth
 from exporter.capabilities.rules import Container
 from exporter.planning.teacher_floor import _fewest_layers
 from exporter.writing.onnx.encodings import onnx_units

@@ -13,11 +13,11 @@ from transformers import AutoConfig
 from compressors.model.config.reading import read_spec
 from compressors.model.description.mixers import Mixer, NoMixer, ShortConvolution
 from compressors.model.errors import UnsupportedError
-from compressors.model.files.onnx_names import CACHED, STATES, cache_input
+from compressors.model.files.onnx_names import CACHED, MODEL_FILE, STATES, cache_input
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
-from compressors.model.sources.onnx import MODEL_FILE, OnnxWeights
+from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.recover.sampling import continue_texts
 from exporter.planning.recipe import SourceChoice

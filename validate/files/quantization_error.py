@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.files.gguf.ggml import GGMLQuantizationType, dequantize_rows, ggml_library_for, row_bytes
+from compressors.model.files.gguf.ggml import dequantize_rows, ggml_library_for, row_bytes
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType, search_blocks
 from compressors.model.sources.weights import StoredType
 

@@ -11,11 +11,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -25,6 +24,9 @@ from compressors.model.predictions.routing_record import RoutingRecord
 from validate.metrics.positions import ReferenceLogProbs, Scores
 from validate.runtimes import time_limit
 from validate.runtimes.backend import Backend, scored_positions
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["AgainstReference", "Evaluation", "evaluate"]
 
@@ -114,6 +116,8 @@ def evaluate(
     Raises:
         InputError: a reference has another vocabulary than the model.
     """
+    import torch
+
     time_limit.tell("running it")
     scored = scored_positions(tokens_BT.shape[1])
     collected = _Collected(references, len(tokens_BT) * (scored.stop - scored.start))

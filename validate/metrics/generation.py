@@ -12,15 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from compressors.model.predictions.next_token import draw_tokens, random_numbers
 from validate.metrics.bootstrap import Interval
 from validate.runtimes.backend import RuntimeBackend
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "NEW_TOKENS",
@@ -84,6 +86,8 @@ def prompts_of(chunks_BT: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 def uniform_numbers(n_prompts: int) -> torch.Tensor:
     """The random numbers of the sampled texts: float64 [P, N] in [0, 1)."""
+    import torch
+
     return torch.stack([random_numbers((prompt,), NEW_TOKENS) for prompt in range(n_prompts)])
 
 
@@ -108,6 +112,8 @@ def greedy(logits_V: npt.NDArray[np.float32]) -> int:
 
 def _sampled(uniform_N: torch.Tensor) -> Callable[[npt.NDArray[np.float32]], int]:
     """Draws the next token by the next number, at temperature 1."""
+    import torch
+
     numbers = iter(uniform_N)
 
     def choose(logits_V: npt.NDArray[np.float32]) -> int:

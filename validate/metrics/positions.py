@@ -8,11 +8,12 @@ they cannot be told apart.
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from compressors.model.predictions.log_probs import log_sum_exp
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ReferenceLogProbs", "Scores"]
 
@@ -53,6 +54,8 @@ class Scores:
 
     def kl_divergence(self, reference_NV: torch.Tensor) -> torch.Tensor:
         """KL(reference || model) in nats: float32 [N]."""
+        import torch
+
         terms = (reference_NV - self._logits_NV).add_(self._normalizer_N1)
         terms.mul_(reference_NV.double().exp_().float())
         terms.masked_fill_(reference_NV <= _LEAST_LOG_PROB, 0.0)
@@ -63,6 +66,8 @@ class Scores:
 
         Equal ones are not rare in the reference, which has 65,536 steps over 16 nats.
         """
+        import torch
+
         return torch.from_numpy(reference_NV.numpy().argmax(-1) == self._logits_NV.numpy().argmax(-1))
 
     def right(self) -> torch.Tensor:
@@ -74,4 +79,6 @@ class Scores:
         return self._is_top(reference_NV)
 
     def _is_top(self, values_NV: torch.Tensor) -> torch.Tensor:
+        import torch
+
         return torch.from_numpy(values_NV.numpy().argmax(-1) == self._targets_N1[:, 0].numpy())

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from compressors.model.config.reading import WITHOUT_EFFECT, model_settings, transformers_config
 from compressors.model.config.settings import Settings
@@ -21,6 +19,9 @@ from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 from compressors.model.names import shown
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = ["check_against_transformers"]
 
@@ -141,6 +142,7 @@ def _rope_settings(
         rope: as the family read it.
         layer_kind: the kind of layers that the embedding is for; None: it is for all.
     """
+    import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind, theta = _kind_and_base(parameters, rope)

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from compressors.model.description.family import GgufValue
 from compressors.model.errors import InputError
 from compressors.model.names import shown
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["GgufKeys"]
 
@@ -40,7 +37,7 @@ class GgufKeys:
         architecture: str,
         metadata: Mapping[str, GgufValue],
         shapes: Mapping[str, tuple[int, ...]],
-        read: Callable[[str], torch.Tensor],
+        read: Callable[[str], npt.NDArray[np.float32]],
     ) -> None:
         self.path = path
         self.architecture = architecture

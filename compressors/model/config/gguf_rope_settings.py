@@ -79,7 +79,9 @@ def _llama3(keys: GgufKeys, theta: float, turned: int) -> dict[str, Any]:
     Raises:
         UnsupportedError: none does.
     """
-    factors = keys.read(PLAIN_FACTORS)
+    import torch
+
+    factors = torch.from_numpy(keys.read(PLAIN_FACTORS))
     plain = Rope(RopeKind.DEFAULT, theta, turned)
     for exponent in _CONTEXTS:
         rope = Rope(

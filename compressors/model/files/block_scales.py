@@ -10,12 +10,15 @@ Letters: R rows, Y bytes of a stored row, K blocks of a row, S scales of a block
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["block_length", "put_scales", "rescaled", "scales_of"]
 
@@ -55,16 +58,22 @@ def block_length(ggml_type: GGMLQuantizationType) -> int | None:
 
 def scales_of(stored_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType) -> torch.Tensor:
     """The scales of stored rows: float16 [R, K, S]."""
+    import torch
+
     return torch.from_numpy(_place(stored_RY, ggml_type).copy()).view(torch.float16)
 
 
 def put_scales(stored_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, scales_RKS: torch.Tensor) -> None:
     """Puts other scales, float16 [R, K, S], into stored rows."""
+    import torch
+
     _place(stored_RY, ggml_type)[:] = scales_RKS.contiguous().view(torch.uint8).numpy()
 
 
 def rescaled(scales_RKS: torch.Tensor, factors_RK: torch.Tensor) -> torch.Tensor:
     """The scales times each block's factor, rounded to what a file can hold: of the scales' dtype, and finite."""
+    import torch
+
     largest = torch.finfo(scales_RKS.dtype).max
     return (scales_RKS.float() * factors_RK[..., None]).clamp(-largest, largest).to(scales_RKS.dtype)
 

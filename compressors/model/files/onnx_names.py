@@ -10,12 +10,16 @@ __all__ = [
     "CACHED",
     "CHOSEN_LOGITS",
     "CHOSEN_WEIGHTS",
+    "CODES",
+    "DATA_FILE",
     "EMBEDDING_FACTOR",
     "HEAD_FACTOR",
     "IN_FLOAT32",
     "JOINED",
     "LOGITS",
     "LOGIT_CAP",
+    "MATRIX",
+    "MODEL_FILE",
     "NORM_SCALES",
     "RELU_ALPHA",
     "RESIDUAL_FACTOR",
@@ -23,6 +27,7 @@ __all__ = [
     "ROTARY_SINE",
     "ROUTER_FACTOR",
     "ROUTING",
+    "SCALES",
     "STATES",
     "cache_input",
     "cache_output",
@@ -34,6 +39,10 @@ __all__ = [
     "rotary_table",
 ]
 
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+CODES, SCALES = ".codes", ".scales"  # appended to a quantized weight's name
+MATRIX = ".matrix"  # appended to the name of codes in the shape of a linear layer's operator
 _PAST, _PRESENT = "past_key_values", "present"
 _MOST_DIGITS = 4  # of a layer's number
 CACHED = ("key", "value")

@@ -7,36 +7,20 @@ after the other, without holes, to the file's end. A name that stands there twic
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import parse_json
 from compressors.model.files.raw_file import RawFile, instead_of_a_file
+from compressors.model.files.storage_type import StorageType
 from compressors.model.names import shown
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["DTYPES", "LARGEST_HEADER", "TensorHeader", "damaged", "header_text", "parse_header", "read_header"]
+__all__ = ["LARGEST_HEADER", "TensorHeader", "damaged", "header_text", "parse_header", "read_header"]
 
 LARGEST_HEADER = 100_000_000
 """The library's own limit, in bytes."""
-
-DTYPES: Mapping[str, str] = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64",
-    "I32": "int32",
-    "U8": "uint8",
-}
-"""The formats that can be read, as the header names them, and torch's names for them."""
 
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
 _BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32}
@@ -56,18 +40,15 @@ class TensorHeader:
     n_bytes: int  # on disk
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type of the values in memory.
+    def storage_type(self) -> StorageType:
+        """The format, if its values can be read.
 
         Raises:
             InputError: torch or this tool does not know such numbers.
         """
-        if self.format not in DTYPES:
+        if self.format not in StorageType.__members__:
             raise _unreadable(self.file, self.name, self.format)
-        import torch
-
-        dtype: torch.dtype = getattr(torch, DTYPES[self.format])
-        return dtype
+        return StorageType[self.format]
 
 
 def header_text(file: RawFile) -> bytes:
@@ -130,7 +111,8 @@ def damaged(path: Path, why: str) -> InputError:
 
 
 def _unreadable(path: Path, name: str, stored: str) -> InputError:
-    return InputError(f"{path}: tensor {shown(name)} has dtype {shown(stored)}; only {', '.join(DTYPES)} can be read")
+    readable = ", ".join(StorageType.__members__)
+    return InputError(f"{path}: tensor {shown(name)} has dtype {shown(stored)}; only {readable} can be read")
 
 
 def _entry(path: Path, name: str, entry: Any, first_byte: int) -> TensorHeader:

@@ -44,7 +44,7 @@ class WeightFile:
         import torch
 
         header = self.tensors[name]
-        out = torch.empty(header.shape, dtype=header.dtype)
+        out = torch.empty(header.shape, dtype=header.storage_type.dtype)
         self.read_into(name, out)
         return out
 
@@ -63,9 +63,10 @@ class WeightFile:
 
         header = self.tensors[name]
         assert out.is_contiguous() and first + out.numel() <= math.prod(header.shape), name
-        stored = out if out.dtype == header.dtype else torch.empty_like(out, dtype=header.dtype)
+        dtype = header.storage_type.dtype
+        stored = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         bytes_ = stored.view(-1).view(torch.uint8).numpy().data
-        self._file.fill(name, bytes_, header.offset + first * header.dtype.itemsize)
+        self._file.fill(name, bytes_, header.offset + first * dtype.itemsize)
         if stored is not out:
             out.copy_(stored)
 

@@ -8,13 +8,15 @@ Tokens further down get code 0 and count as impossible; each has less than 1.2e-
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
 from compressors.model.errors import InputError
 from compressors.model.files.array_file import ArrayFile
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "LogProbReader",
@@ -22,7 +24,6 @@ __all__ = [
     "LogProbWriter",
     "decode_log_probs",
     "encode_log_probs",
-    "log_prob_bytes",
     "log_sum_exp",
 ]
 
@@ -31,17 +32,14 @@ _STEPS = 65535
 _VALUES_AT_ONCE = 1 << 23  # log-probabilities that are coded together: 32 MB in float32, a few times over
 
 
-def log_prob_bytes(n_positions: int, vocab_size: int) -> int:
-    """Bytes on disk of the coded log-probabilities, without the few bytes of the arrays' headers."""
-    return n_positions * (2 * vocab_size + 8)
-
-
 def log_sum_exp(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest logit and log sum exp(logit - largest), rounded as llama-perplexity rounds: float32 [N, 1] both.
 
     Its ``expf`` is almost correctly rounded (0.502 ulp in glibc), and it sums in double precision. torch's own
     float32 exp is not that exact; the double precision one, rounded, is.
     """
+    import torch
+
     largest = logits_NV.amax(-1, keepdim=True)
     powers = (logits_NV - largest).double().exp_().float()
     return largest, powers.sum(-1, keepdim=True, dtype=torch.float64).log_().float()
@@ -57,6 +55,8 @@ def encode_log_probs(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         Codes, float32 [N, V] with whole numbers from 0 to 65,535, and (scale, smallest), float32 [N, 2]: a token's
         log-probability is code * scale + smallest.
     """
+    import torch
+
     largest, log_sum = log_sum_exp(logits_NV)
     smallest = torch.maximum(logits_NV.amin(-1, keepdim=True), largest - _RANGE_NATS)
     scale = (largest - smallest) / _STEPS
@@ -121,6 +121,8 @@ class LogProbReader:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Log-probabilities of positions start..stop: float32 [stop - start, V], -inf for impossible tokens."""
+        import torch
+
         codes, ranges = self._read(start, stop)
         impossible = (codes == 0) & (ranges[:, :1] * _STEPS >= _RANGE_NATS * (1 - 1e-6))
         return decode_log_probs(codes, ranges).masked_fill_(impossible, -torch.inf)
@@ -130,5 +132,7 @@ class LogProbReader:
         return decode_log_probs(*self._read(start, stop))
 
     def _read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
         codes = torch.from_numpy(self._codes.read(start, stop).astype(np.float32))
         return codes, torch.from_numpy(self._ranges.read(start, stop))

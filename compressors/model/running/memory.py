@@ -9,17 +9,21 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from compressors.model.description.spec import LayerSpec, ModelSpec
+from compressors.model.files.storage_type import StorageType
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
-    "BLOCKS_AT_ONCE",
     "PROCESS_BYTES",
     "MemoryLimit",
     "Placement",
+    "blocks_at_once",
     "give_back_freed",
     "least_bytes",
     "place",
@@ -30,9 +34,7 @@ __all__ = [
 PROCESS_BYTES = 750_000_000
 """Measured: Python, torch and transformers, and the memory that the allocator keeps."""
 
-BLOCKS_AT_ONCE = {torch.float32: 8, torch.bfloat16: 16}
-"""Token blocks in one call of a layer: enough tokens for every expert's products to be efficient."""
-
+_BLOCKS_AT_ONCE = {4: 8, 2: 16}  # by bytes of a value
 _LOGIT_BYTES = 128_000_000
 _ACTIVATIONS = 16  # measured: arrays of the hidden state's size that a layer's forward and backward hold at a time
 _BLOCK_TOKENS = 512
@@ -55,6 +57,15 @@ class Placement:
     spill: Path | None  # hidden states lie in a file of this folder
 
 
+def blocks_at_once(dtype: torch.dtype | StorageType) -> int:
+    """Token blocks in one call of a layer: enough tokens for every expert's products to be efficient.
+
+    Args:
+        dtype: the arithmetic, float32 or bfloat16.
+    """
+    return _BLOCKS_AT_ONCE[dtype.itemsize]
+
+
 def positions_at_once(vocab_size: int) -> int:
     """Positions whose logits are made together: a power of two from 256 to 2048."""
     n_positions = 2048
@@ -66,7 +77,7 @@ def positions_at_once(vocab_size: int) -> int:
 def working_bytes(spec: ModelSpec) -> int:
     """Memory for computing one layer beside weights and hidden states: activations, and one expert in float32."""
     width = max(spec.hidden_size, *(_state_width(layer) for layer in spec.layers))
-    activations = BLOCKS_AT_ONCE[torch.float32] * _BLOCK_TOKENS * width * 4 * _ACTIVATIONS
+    activations = blocks_at_once(StorageType.F32) * _BLOCK_TOKENS * width * 4 * _ACTIVATIONS
     return activations + 4 * max(layer.expert_parameters for layer in spec.layers)
 
 

@@ -25,9 +25,9 @@ from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
 from compressors.model.running.masks import causal_mask
 from compressors.model.running.memory import (
-    BLOCKS_AT_ONCE,
     MemoryLimit,
     Placement,
+    blocks_at_once,
     give_back_freed,
     place,
     positions_at_once,
@@ -171,7 +171,7 @@ class StreamedModel:
 
     def blocks_at_once(self, dtype: torch.dtype) -> int:
         """Token blocks in one call of a layer; fewer where tokens use more experts than the router's top-k."""
-        n_blocks = BLOCKS_AT_ONCE[dtype]
+        n_blocks = blocks_at_once(dtype)
         return n_blocks if self.choice is None else max(1, n_blocks * self.spec.top_k // self.choice.n_chosen)
 
     def reserve(self, n_bytes: int) -> bool:
@@ -333,7 +333,7 @@ class StreamedModel:
         return output
 
     def _embedded(self, tokens_BT: torch.Tensor, states: HiddenStates) -> HiddenStates:
-        for blocks in states.groups(BLOCKS_AT_ONCE[states.dtype]):
+        for blocks in states.groups(blocks_at_once(states.dtype)):
             states.write(blocks, self.embed(tokens_BT[blocks]).to(states.dtype))
         return states
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
@@ -24,9 +23,13 @@ from compressors.model.description.tensors import TensorSpec
 from compressors.model.description.transforms import SAME, Transform
 from compressors.model.errors import InputError
 from compressors.model.files.block_scales import block_length, put_scales, scales_of
-from compressors.model.files.gguf.ggml import GGMLQuantizationType, dequantize_into
+from compressors.model.files.gguf.ggml import dequantize_into
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf.gguf_file import GgufEntry, GgufFile
 from compressors.model.sources.weights import ReplacedValues, TunablePart
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["GgufWeights"]
 
@@ -51,8 +54,6 @@ class GgufWeights:
         InputError: the file is missing, truncated or not GGUF, or lacks a tensor of this model.
     """
 
-    dtype = torch.float32
-
     def __init__(self, path: Path, spec: ModelSpec, file: GgufFile | None = None) -> None:
         self._file = GgufFile(path) if file is None else file
         self._spec = spec
@@ -61,8 +62,15 @@ class GgufWeights:
             (tensor.role, layer): self._checked_parts(tensor, layer) for tensor, layer in spec.written.places
         }
 
-    def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
+    @property
+    def dtype(self) -> torch.dtype:
         """The type of all values, float32."""
+        import torch
+
+        return torch.float32
+
+    def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
+        """The same."""
         return self.dtype
 
     def stored_type(self, role: Role, layer: int | None, part: int = 0) -> GGMLQuantizationType:
@@ -86,6 +94,8 @@ class GgufWeights:
             rows: the rows, counted from the expert's first one.
             expert: the expert; None: the tensor is no expert's.
         """
+        import torch
+
         entry = self._parts[role, layer][part].entry
         n_rows = prod(entry.shape[:-1] if expert is None else entry.shape[1:-1])
         start, stop, _ = rows.indices(n_rows)
@@ -98,6 +108,8 @@ class GgufWeights:
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role outside of experts, float32."""
+        import torch
+
         out = torch.zeros(self._spec.dimensions(role, layer))
         for part in self._parts.get((role, layer), ()):  # a router of one expert is in no file; any values do
             n_rows = prod(part.entry.shape[:-1])
@@ -136,6 +148,8 @@ class GgufWeights:
         Raises:
             InputError: the tensor has none.
         """
+        import torch
+
         part = self._tunable_part(role, layer)
         entry = part.entry
         if entry.ggml_type is GGMLQuantizationType.F32:
@@ -175,6 +189,8 @@ class GgufWeights:
 
     def _rows(self, role: Role, layer: int | None, part: _Part, first: int, n_rows: int) -> torch.Tensor:
         """Rows of the file, counted through all leading axes, dequantized."""
+        import torch
+
         values_RN = torch.empty(n_rows, part.entry.shape[-1])
         dequantize_into(self._stored(role, layer, part, first, n_rows), part.entry.ggml_type, values_RN)
         return values_RN
@@ -188,6 +204,8 @@ class GgufWeights:
 
     def _put(self, role: Role, layer: int | None, part: _Part, first: int, stored: npt.NDArray[np.uint8]) -> None:
         """Puts values that replace the file's into the bytes of rows from ``first`` on."""
+        import torch
+
         entry = part.entry
         values = part.transform.write(self._values[self._name(role, layer)], self._sizes(layer))
         rows_RY = stored.reshape(-1, entry.row_bytes)
@@ -218,6 +236,8 @@ class GgufWeights:
         return parts[0]
 
     def _check_values(self, name: str, values: torch.Tensor) -> None:
+        import torch
+
         places = [place for place in self._parts if self._name(*place) == name]
         if not places:
             raise InputError(f"{self._file.path} has no tensor {name}, whose values are to be replaced")

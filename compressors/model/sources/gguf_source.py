@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.reading import read_spec
@@ -22,19 +23,23 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.registry import families_of_architecture, supported_families
-from compressors.model.files.gguf.ggml import dequantize_into
+from compressors.model.files.gguf.ggml import dequantize_rows
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf.gguf_file import GgufEntry, GgufFile
 from compressors.model.files.json_file import read_json
+from compressors.model.files.storage_type import StorageType
 from compressors.model.names import shown
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.gguf_folder import folder_of, not_carried_over
 from compressors.model.sources.gguf_settings import gguf_setting_symptoms
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["GgufSource"]
 
 _T = GGMLQuantizationType
-_FLOATS = {_T.F32: torch.float32, _T.F16: torch.float16, _T.BF16: torch.bfloat16}
+_FLOATS = {_T.F32: StorageType.F32, _T.F16: StorageType.F16, _T.BF16: StorageType.BF16}
 _MTP = "nextn_predict_layers"
 _MTP_NAME = "layers for predicting several tokens at once (MTP)"
 
@@ -87,7 +92,7 @@ class GgufSource:
     @property
     def n_bytes(self) -> int:
         """Size in bytes of all weights in storage dtype."""
-        return sum(prod(entry.shape) * _dtype(entry.ggml_type).itemsize for entry in self._entries())
+        return sum(prod(entry.shape) * _storage_type(entry.ggml_type).itemsize for entry in self._entries())
 
     @property
     def parts_read_past(self) -> Mapping[str, int]:
@@ -102,19 +107,27 @@ class GgufSource:
         return (f"metadata that new files do not have: {', '.join(map(shown, keys))}",) if keys else ()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the experts' values: float32, unless all are stored in one type of floats."""
+    def storage_type(self) -> StorageType:
+        """The type of the experts' values: float32, unless all are stored in one type of floats."""
         found = {
-            self.dtype_of(tensor.role, index)
+            self._type_of(tensor.role, index)
             for index, layer in enumerate(self.spec.layers)
             for tensor in layer.expert_tensors
         }
-        return found.pop() if len(found) == 1 else torch.float32
+        return found.pop() if len(found) == 1 else StorageType.F32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The same as torch's dtype."""
+        return self.storage_type.dtype
 
     def dtype_of(self, role: Role, layer: int | None = None) -> torch.dtype:
         """The dtype of a tensor's values: float32, unless all its parts are stored in one type of floats."""
-        found = {_dtype(ggml_type) for ggml_type in self.stored_types(self._role(role), layer)}
-        return found.pop() if len(found) == 1 else torch.float32
+        return self._type_of(role, layer).dtype
+
+    def _type_of(self, role: Role, layer: int | None) -> StorageType:
+        found = {_storage_type(ggml_type) for ggml_type in self.stored_types(self._role(role), layer)}
+        return found.pop() if len(found) == 1 else StorageType.F32
 
     def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
         """The tensor of a role that is not an expert's; a tied head is the embedding."""
@@ -126,6 +139,8 @@ class GgufSource:
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out``, contiguous, with one expert's projection."""
+        import torch
+
         if out.dtype == torch.float32:
             self._weights.read_expert(role, layer, expert, out)
             return
@@ -193,12 +208,13 @@ class GgufSource:
             said = str(error).replace(f"{self.config_path}: ", "").replace(str(self.config_path), "it")
             raise type(error)(f"{self.path}: its metadata, as settings of a config.json, are wrong: {said}") from None
 
-    def _vector(self, name: str) -> torch.Tensor:
-        """A tensor of one axis, float32."""
+    def _vector(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor of one axis."""
         entry = self._file.tensors[name]
-        values = torch.empty(1, entry.shape[-1])
-        dequantize_into(self._file.read_rows(entry, 0, 1), entry.ggml_type, values)
-        return values[0]
+        values: npt.NDArray[np.float32] = dequantize_rows(
+            self._file.read_rows(entry, 0, 1), entry.ggml_type, entry.shape[-1]
+        )
+        return values.reshape(-1)
 
     def _refuse_other_settings(self) -> None:
         """Refuses a file whose keys are not those of the model that was read from them."""
@@ -248,12 +264,12 @@ class GgufSource:
         """True if the file has these factors of the rotary embedding."""
         if name not in self._file.tensors or self._file.tensors[name].shape != (len(factors),):
             return False
-        return torch.allclose(self._vector(name), torch.tensor(factors), rtol=1e-5, atol=0)
+        return np.allclose(self._vector(name), np.array(factors, dtype=np.float32), rtol=1e-5, atol=0)
 
 
-def _dtype(ggml_type: GGMLQuantizationType) -> torch.dtype:
-    """The smallest dtype that holds all values of a type."""
-    return _FLOATS.get(ggml_type, torch.float32)
+def _storage_type(ggml_type: GGMLQuantizationType) -> StorageType:
+    """The smallest type that holds all values of a type."""
+    return _FLOATS.get(ggml_type, StorageType.F32)
 
 
 def _readable() -> list[str]:

@@ -25,22 +25,18 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec, Place
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
-from compressors.model.files.gguf.ggml import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BITS, BlockType, IntegerBlocks
 from compressors.model.files.onnx_blocks import unpack
 from compressors.model.files.onnx_graph import external_place, read_graph
-from compressors.model.files.onnx_names import expert_matrix
+from compressors.model.files.onnx_names import CODES, DATA_FILE, MATRIX, MODEL_FILE, SCALES, expert_matrix
 from compressors.model.files.raw_file import RawFile
 from compressors.model.names import shown
 from compressors.model.sources.onnx_weights import OnnxWeight, Part, weights_of
 from compressors.model.sources.weights import ReplacedValues, StoredType, TunablePart
 
-__all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeights"]
+__all__ = ["OnnxWeights"]
 
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
-CODES, SCALES = ".codes", ".scales"  # appended to a quantized weight's name
-MATRIX = ".matrix"  # appended to the name of codes in the shape of a linear layer's operator
 
 _NUMPY_TYPES: Mapping[int, np.dtype[Any]] = {
     onnx.TensorProto.FLOAT: np.dtype(np.float32),

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-
-import torch
+from typing import TYPE_CHECKING
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.description.transforms import HeadMatrices
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["OnnxWeight", "Part", "row_lengths", "weights_of", "written_shape"]
 

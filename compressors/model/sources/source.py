@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
+from compressors.model.files.storage_type import StorageType
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Origin", "Source"]
 
@@ -76,8 +78,12 @@ class Source(Origin, Protocol):
         """Oddities of the files that do not prevent reading them: sentences without a full stop."""
 
     @property
+    def storage_type(self) -> StorageType:
+        """The format of the experts' values."""
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Storage dtype of the experts."""
+        """The same as torch's dtype."""
 
     def dtype_of(self, role: Role, layer: int | None = None) -> torch.dtype:
         """Storage dtype of a tensor that is not an expert's."""

@@ -12,9 +12,7 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
@@ -24,6 +22,9 @@ from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.weight_file import StoredTensors
 from compressors.model.sources.source import Source
 from compressors.model.sources.weights import Weights, WrittenWeights
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ExpertMap", "LayerMap", "Student"]
 
@@ -102,6 +103,8 @@ class ExpertMap:
 
     def student_of(self, layer: int) -> torch.Tensor:
         """int64 [teacher experts]: the student's expert that stands for each teacher expert, -1 for a dropped one."""
+        import torch
+
         table = torch.full((self.n_teacher_experts,), -1, dtype=torch.int64)
         for expert, group in enumerate(self.layers[layer].groups):
             table[list(group)] = expert
@@ -204,6 +207,8 @@ class Student:
         name = self.name(role, layer, expert)
         if name in self.overlay:
             return self.overlay[name]
+        import torch
+
         out = torch.empty(self.spec.dimensions(role, layer), dtype=self.expert_dtype)
         self._weights.read_expert(role, layer, expert, out)
         return out
@@ -290,6 +295,8 @@ class _KeptWeights:
         axis = self._experts_axis(role, layer)
         if layer is None or axis is None:
             return tensor
+        import torch
+
         return tensor.index_select(axis, torch.tensor(self._experts.layers[layer].kept))
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from compressors.model.description.roles import Role
-from compressors.model.files.gguf.ggml import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ReplacedValues", "StoredType", "TunablePart", "Weights", "WrittenWeights"]
 

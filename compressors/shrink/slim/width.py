@@ -10,38 +10,16 @@ from typing import ClassVar
 
 import torch
 
-from compressors.model.errors import InputError
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, second_moment
 from compressors.shrink.prune import highest
+from compressors.shrink.slim.possible_widths import check_width
 
-__all__ = ["GGUF_WIDTH_MULTIPLE", "SlimWidth", "check_width", "compensated_down", "neuron_importance"]
-
-GGUF_WIDTH_MULTIPLE = 32
-"""Values in a block of ggml's simplest quantized types: the down projection's rows, as long as an expert is wide, must
-divide into such blocks."""
+__all__ = ["SlimWidth", "compensated_down", "neuron_importance"]
 
 _PRIOR_TOKENS = 100
 """The plain slice weighs as much as this many tokens of average activations. On two layers of both trained fixtures, at
 50 and 75 % of the width, with 8 to 768 tokens per expert, no other ridge (0.3 to 100 tokens, 0.0001 to 0.1 of the mean
 diagonal) had an error on other tokens that was more than 2 % lower."""
-
-
-def check_width(width: int, full_width: int, *, for_gguf: bool = False) -> None:
-    """Refuses an expert width that the model or, if asked for, GGUF cannot have.
-
-    Raises:
-        InputError: ``width`` is not from 1 to ``full_width``, or ``for_gguf`` and it is not a multiple of
-            :data:`GGUF_WIDTH_MULTIPLE`.
-    """
-    if not 1 <= width <= full_width:
-        raise InputError(
-            f"cannot keep {width} of {full_width} intermediate neurons: give a width from 1 to {full_width}"
-        )
-    if for_gguf and width % GGUF_WIDTH_MULTIPLE:
-        raise InputError(
-            f"GGUF cannot quantize experts that are {width} wide: "
-            f"give a multiple of {GGUF_WIDTH_MULTIPLE} up to {full_width}"
-        )
 
 
 @dataclass(frozen=True)

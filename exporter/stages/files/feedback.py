@@ -9,20 +9,22 @@ from pathlib import Path
 
 import torch
 
-from compressors.calibration.layer_inputs import LayerInputs, n_kept_blocks, write_layer_inputs
+from compressors.calibration.layer_inputs import LayerInputs, write_layer_inputs
 from compressors.calibration.second_moments import SecondMoments
+from compressors.calibration.sizes import n_kept_blocks
 from compressors.model.description.spec import ModelSpec
 from compressors.model.running.arithmetic import dtype_of
 from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.student import ExpertMap, Student
-from compressors.sensitivity import Sensitivities
+from compressors.sensitivity.matrices import Sensitivities
 from exporter.file_names import LAYER_INPUTS, SENSITIVITIES
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Quantizer
 from exporter.stages.inputs import memory_limit, token_blocks, use_threads
 from exporter.work.stage import StageContext
-from exporter.writing.feedback import EmbeddingGradient, StudentFeedback, threads_within
+from exporter.writing.feedback import EmbeddingGradient, StudentFeedback
+from exporter.writing.feedback_memory import threads_within
 from exporter.writing.files import flush_folder
 
 __all__ = ["feedback_for", "writer_threads"]

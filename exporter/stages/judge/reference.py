@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
-from exporter.estimating.planned_types import same_numbers
 from exporter.file_names import (
     EVALUATION,
     HELDOUT_LOG_PROBS,
@@ -17,7 +16,7 @@ from exporter.file_names import (
     WRITTEN_EVALUATION,
     WRITTEN_LOG_PROBS,
 )
-from exporter.planning.plan import Plan
+from exporter.stages.finished import SAME_WEIGHTS, whose_numbers
 from exporter.stages.inputs import (
     memory_limit,
     open_student,
@@ -25,7 +24,6 @@ from exporter.stages.inputs import (
     use_threads,
     written_weights,
 )
-from exporter.work.directory import WorkDirectory
 from exporter.work.stage import StageContext
 from validate.metrics.evaluation import evaluate
 from validate.routing.router_alone import RouterInputRecorder
@@ -34,16 +32,11 @@ from validate.runtimes.backend import scored_positions
 from validate.runtimes.torch import TorchBackend
 
 __all__ = [
-    "SAME_WEIGHTS",
     "router_inputs",
     "same_weights",
     "validate_torch",
     "validate_written",
-    "written_evaluation",
 ]
-
-SAME_WEIGHTS = "same_weights"
-"""The name of torch with the same weights in a runtime's evaluation."""
 
 
 def validate_torch(context: StageContext) -> None:
@@ -70,7 +63,7 @@ def validate_written(context: StageContext) -> None:
     scored = scored_positions(heldout_BT.shape[1])
     n_scored = len(heldout_BT) * (scored.stop - scored.start)
     written = written_weights(plan, context.work, student.spec)
-    different = {_whose_numbers(plan, artifact): written[_whose_numbers(plan, artifact)] for artifact in written}
+    different = {whose_numbers(plan, artifact): written[whose_numbers(plan, artifact)] for artifact in written}
     with context.progress.bar("layers", len(different) * student.spec.n_layers) as advance:
         for artifact, weights in different.items():
             inputs = context.file(ROUTER_INPUTS, artifact=artifact)
@@ -87,13 +80,13 @@ def validate_written(context: StageContext) -> None:
 
 def same_weights(context: StageContext, artifact: str) -> dict[str, LogProbReader]:
     """Torch's log-probabilities with an artifact's numbers, as a reference for its runtime."""
-    numbers = _whose_numbers(context.plan, artifact)
+    numbers = whose_numbers(context.plan, artifact)
     return {SAME_WEIGHTS: LogProbReader(context.work.path("validate_written", WRITTEN_LOG_PROBS, artifact=numbers))}
 
 
 def router_inputs(context: StageContext, artifact: str) -> RouterInputs:
     """The router inputs in torch with an artifact's numbers; a student without routers leaves no such folder."""
-    numbers = _whose_numbers(context.plan, artifact)
+    numbers = whose_numbers(context.plan, artifact)
     return RouterInputs(context.work.path("validate_written", ROUTER_INPUTS, artifact=numbers))
 
 
@@ -102,12 +95,3 @@ def _router_recorder(folder: Path, spec: ModelSpec, heldout_BT: npt.NDArray[np.i
         return None
     n_blocks, n_tokens = heldout_BT.shape
     return RouterInputRecorder(folder, spec, spread_chunks(n_blocks), n_tokens)
-
-
-def written_evaluation(plan: Plan, work: WorkDirectory, artifact: str) -> Path:
-    """Torch's evaluation with an artifact's numbers."""
-    return work.path("validate_written", WRITTEN_EVALUATION, artifact=_whose_numbers(plan, artifact))
-
-
-def _whose_numbers(plan: Plan, artifact: str) -> str:
-    return "gguf" if same_numbers(plan) else artifact

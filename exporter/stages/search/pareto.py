@@ -14,7 +14,7 @@ from exporter.file_names import HELDOUT_LOG_PROBS, ROWS
 from exporter.searching.curve import ParetoFiles, described_structure
 from exporter.stages.inputs import token_blocks, use_threads
 from exporter.work.stage import StageContext
-from exporter.writing.gguf.writer import predict_file_size
+from exporter.writing.gguf.file_size import predict_file_size
 from validate.metrics.evaluation import evaluate
 from validate.metrics.figures import fidelity_figures
 from validate.runtimes.llama_cpp import LlamaCppBackend

@@ -15,8 +15,8 @@ from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from exporter.file_names import EXPERT_MAP, OVERLAY, STATISTICS
-from exporter.planning.compression import layer_targets
 from exporter.stages.inputs import memory_limit, teacher_statistics, token_blocks, use_threads
+from exporter.stages.student.layer_targets import layer_targets
 from exporter.work.stage import StageContext
 
 __all__ = ["compress"]

@@ -7,7 +7,7 @@ import torch
 from compressors.model.running.arithmetic import dtype_of
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
-from compressors.sensitivity import gather_sensitivities
+from compressors.sensitivity.gathering import gather_sensitivities
 from exporter.estimating.estimate import SENSITIVITY_TOKENS
 from exporter.file_names import SENSITIVITIES
 from exporter.stages.inputs import memory_limit, token_blocks, use_threads

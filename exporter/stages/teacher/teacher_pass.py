@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compressors.calibration.layer_inputs import LayerInputs, n_kept_blocks
+from compressors.calibration.layer_inputs import LayerInputs
+from compressors.calibration.sizes import n_kept_blocks
 from compressors.calibration.statistics import StatisticsCollector, save_statistics
 from compressors.calibration.teacher import TeacherTargets, write_log_probs, write_targets
 from compressors.model.description.spec import ModelSpec

@@ -5,27 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
-from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.gguf.ggml_types import BLOCK_SIZES
-from compressors.model.sources.student import Student
 from compressors.quantize import QUANTIZABLE_TYPES, GGMLQuantizationType
-from compressors.sensitivity import (
-    Candidate,
-    Quantizer,
-    Sensitivities,
-    TypeTable,
-    UnitPlan,
-    feedback_factor,
-    ggml_quantizer,
-    measured_table,
-)
-from compressors.sensitivity.sampling import SAMPLED_WEIGHTS
+from compressors.sensitivity import Candidate, Quantizer, UnitPlan, feedback_factor, ggml_quantizer
 from exporter.writing.gguf.container import aligned
 from exporter.writing.gguf.layout import PlannedTensor, plan_tensors
 
-__all__ = ["ALLOCATED_TYPES", "DecodeCost", "StoredTypes", "gguf_type_table", "plan_gguf_units", "weights_of_a_token"]
+__all__ = ["ALLOCATED_TYPES", "DecodeCost", "StoredTypes", "plan_gguf_units", "weights_of_a_token"]
 
 DecodeCost = Callable[[str, int], float]
 """(a type's name, the number of weights that a token is multiplied with) -> seconds."""
@@ -100,29 +88,6 @@ def plan_gguf_units(
 def _own_type(stored: Sequence[GGMLQuantizationType]) -> GGMLQuantizationType | None:
     """The one type in which the source stores all parts of a tensor; None if there is none that can be written."""
     return stored[0] if len(set(stored)) == 1 and stored[0] in QUANTIZABLE_TYPES else None
-
-
-def gguf_type_table(
-    student: Student,
-    sensitivities: Sensitivities,
-    importance: Importance,
-    types: Sequence[GGMLQuantizationType] = ALLOCATED_TYPES,
-    *,
-    feedback: bool = False,
-    quantizers: Mapping[GGMLQuantizationType, Quantizer | None] | None = None,
-    decode_cost: DecodeCost | None = None,
-    n_weights: int | None = SAMPLED_WEIGHTS,
-    threads: int = 1,
-    progress: Callable[[int], None] | None = None,
-) -> TypeTable:
-    """Measures the table of a student: every tensor in every type that fits its rows.
-
-    The arguments are those of :func:`plan_gguf_units` and :func:`~compressors.sensitivity.measured_table`.
-    """
-    plans = plan_gguf_units(student.spec, types, feedback=feedback, quantizers=quantizers, decode_cost=decode_cost)
-    return measured_table(
-        student, plans, sensitivities, importance, n_weights=n_weights, threads=threads, progress=progress
-    )
 
 
 def _errors(

@@ -16,8 +16,9 @@ import torch
 from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
 from compressors.model.sources.student import Student
-from compressors.quantize import quantize_rows, row_bytes
+from compressors.quantize import row_bytes
 from compressors.quantize.feedback import TYPES_WITH_FEEDBACK, Feedback, quantize_rows_with_feedback
+from compressors.quantize.kernels import quantize_rows
 from exporter.writing.feedback import ExpertFeedback, StudentFeedback
 from exporter.writing.gguf.container import aligned
 from exporter.writing.gguf.layout import PlannedTensor

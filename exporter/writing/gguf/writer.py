@@ -6,32 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from compressors.calibration.statistics import Importance
-from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.source import Origin
 from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
-from exporter.writing.gguf.container import TensorEntry, Value, aligned, render_header, render_values
-from exporter.writing.gguf.layout import PlannedTensor, plan_tensors
+from exporter.writing.gguf.file_size import file_header, file_size, predict_file_size
+from exporter.writing.gguf.layout import plan_tensors
 from exporter.writing.gguf.metadata import model_metadata
-from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
 from exporter.writing.gguf.weights import weight_pieces
 from exporter.writing.pieces import Piece, write_pieces
 from exporter.writing.resumable import is_published, resuming
 
 __all__ = ["predict_file_size", "write_gguf"]
-
-
-def predict_file_size(
-    spec: ModelSpec, source: Origin, mix: str, name: str, types: Mapping[str, str] | None = None
-) -> int:
-    """Returns the exact size in bytes of the file that :func:`write_gguf` would write for this student.
-
-    ``source`` is the teacher: tokenizer and licence come from there. No weight is read.
-    The errors are those of :func:`write_gguf`, apart from the weights'.
-    """
-    tensors = plan_tensors(spec, mix, types)
-    metadata = model_metadata(spec, source, name, mix, types)
-    return _file_size(_header(spec, source, metadata, tensors), tensors)
 
 
 def write_gguf(
@@ -73,23 +57,11 @@ def write_gguf(
     """
     tensors = plan_tensors(student.spec, mix, types)
     metadata = model_metadata(student.spec, student.source, name, mix, types)
-    header = _header(student.spec, student.source, metadata, tensors)
+    header = file_header(student.spec, student.source, metadata, tensors)
     pieces = [Piece(len(header), len(header), lambda: lambda: [(0, memoryview(header))])]
     pieces += weight_pieces(student, tensors, len(header), importance or {}, feedback)
-    assert pieces[-1].end == _file_size(header, tensors), f"{path}: {pieces[-1].end} bytes planned"
+    assert pieces[-1].end == file_size(header, tensors), f"{path}: {pieces[-1].end} bytes planned"
     if resume and is_published(path, pieces):
         return
     with resuming(path, header, pieces, keep=resume) as file:
         write_pieces(file, pieces, threads=threads, progress=progress)
-
-
-def _header(
-    spec: ModelSpec, source: Origin, metadata: Mapping[str, Value], tensors: tuple[PlannedTensor, ...]
-) -> bytes:
-    metadata = {**metadata, **vocabulary_metadata(source.tokenizer_folder, spec.vocab_size)}
-    entries = (TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors)
-    return render_header(len(metadata), render_values(metadata), entries)
-
-
-def _file_size(header: bytes, tensors: tuple[PlannedTensor, ...]) -> int:
-    return len(header) + sum(aligned(tensor.n_bytes) for tensor in tensors)

@@ -21,8 +21,10 @@ from compressors.model.description.roles import Role
 from compressors.model.files.integer_blocks import IntegerBlocks
 from compressors.model.files.onnx_blocks import from_q4_0, from_q8_0, pack
 from compressors.model.sources.student import Student
-from compressors.quantize import GGMLQuantizationType, quantize_rows, search_blocks
+from compressors.quantize import GGMLQuantizationType
+from compressors.quantize.blocks import search_blocks
 from compressors.quantize.feedback import Feedback, quantize_blocks_with_feedback, quantize_rows_with_feedback
+from compressors.quantize.kernels import quantize_rows
 from exporter.writing.feedback import ExpertFeedback, StudentFeedback
 from exporter.writing.onnx.encodings import Encoding
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan

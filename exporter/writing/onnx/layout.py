@@ -13,8 +13,15 @@ import onnx
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope
 from compressors.model.description.spec import ModelSpec
-from compressors.model.files.onnx_names import ROTARY_COSINE, ROTARY_SINE, rotary_table
-from compressors.model.sources.onnx import CODES, DATA_FILE, MODEL_FILE, SCALES
+from compressors.model.files.onnx_names import (
+    CODES,
+    DATA_FILE,
+    MODEL_FILE,
+    ROTARY_COSINE,
+    ROTARY_SINE,
+    SCALES,
+    rotary_table,
+)
 from compressors.model.sources.onnx_weights import OnnxWeight, Part, weights_of
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held

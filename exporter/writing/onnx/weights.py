@@ -12,8 +12,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope
 from compressors.model.description.spec import LayerSpec
 from compressors.model.description.tensors import NormKind
-from compressors.model.files.onnx_names import IN_FLOAT32, NORM_SCALES, expert_matrix
-from compressors.model.sources.onnx import MATRIX
+from compressors.model.files.onnx_names import IN_FLOAT32, MATRIX, NORM_SCALES, expert_matrix
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.layout import TensorLayout, TensorPlan, WeightPlan
 

@@ -15,29 +15,13 @@ from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
 from exporter.writing.files import replacing
 from exporter.writing.onnx.data import Place, weight_pieces
+from exporter.writing.onnx.file_size import predict_size
 from exporter.writing.onnx.graph import build_model
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, plan_tensors
 from exporter.writing.pieces import Piece, write_pieces
 from exporter.writing.resumable import Part, is_published, resuming
 
 __all__ = ["predict_size", "write_onnx"]
-
-
-def predict_size(spec: ModelSpec, preset: str, encodings: Mapping[str, str] | None = None) -> int:
-    """Returns the exact bytes of ``model.onnx`` and ``model.onnx.data`` together; reads no weight.
-
-    Args:
-        spec: the model.
-        preset: a name from :data:`exporter.writing.onnx.encodings.PRESETS`.
-        encodings: encodings of units that differ from the preset, as in
-            :func:`~exporter.writing.onnx.layout.plan_tensors`.
-
-    Raises:
-        InputError: there is no such preset, unit or encoding.
-        UnsupportedError: the operators cannot hold the model.
-    """
-    layout = plan_tensors(spec, preset, encodings)
-    return layout.data_bytes + int(build_model(layout).ByteSize())
 
 
 def write_onnx(

@@ -27,7 +27,7 @@ from compressors.calibration.statistics import LayerStatistics
 from compressors.model.description.routing import Routing
 from compressors.model.errors import InputError
 from compressors.model.sources.opening import open_source
-from compressors.quantize import quantize_rows
+from compressors.quantize.kernels import quantize_rows
 from compressors.shrink.decompose import ActivationSvd, D2Moe, Mobe, SharedBases
 from compressors.shrink.decompose.d2_moe import D2MoeFactors
 from compressors.shrink.decompose.factors import ExpertMatrices

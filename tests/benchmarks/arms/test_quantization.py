@@ -13,9 +13,10 @@ import torch
 
 from benchmarks.arms import Awq, Gptq, RoundToNearest
 from compressors.model.errors import InputError
-from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize_rows
+from compressors.quantize import GGMLQuantizationType, dequantize_rows
+from compressors.quantize.kernels import quantize_rows
 from compressors.shrink.moe_block import Evidence, Method, MoeBlock
-from compressors.shrink.slim import SlimWidth
+from compressors.shrink.slim.width import SlimWidth
 
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
 Array = npt.NDArray[np.float64]

@@ -14,7 +14,7 @@ import torch
 from benchmarks.arms import Pattern, SparseGpt, Wanda
 from compressors.model.errors import InputError
 from compressors.shrink.moe_block import Evidence, Method, MoeBlock
-from compressors.shrink.slim import SlimWidth
+from compressors.shrink.slim.width import SlimWidth
 
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
 Array = npt.NDArray[np.float64]

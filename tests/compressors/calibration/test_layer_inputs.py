@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from compressors.calibration import layer_inputs
-from compressors.calibration.layer_inputs import LayerInputs, layer_input_bytes, n_kept_blocks, write_layer_inputs
+from compressors.calibration.layer_inputs import LayerInputs, write_layer_inputs
+from compressors.calibration.sizes import layer_input_bytes, n_kept_blocks
 from compressors.model.errors import InputError
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.streaming import StreamedModel, TokenGroup

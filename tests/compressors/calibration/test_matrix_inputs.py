@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressors.calibration.matrix_inputs import input_sizes, matrices_beside_experts
+from compressors.calibration.sizes import input_sizes, matrices_beside_experts
 from compressors.calibration.statistics import StatisticsCollector, importance
 from compressors.model.config.reading import read_spec
 from compressors.model.description.feed_forward import Dense

@@ -9,7 +9,7 @@ import torch
 from compressors.model.files.block_scales import block_length, put_scales, rescaled, scales_of
 from compressors.model.files.gguf.ggml import dequantize_rows
 from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
-from compressors.quantize import quantize_rows
+from compressors.quantize.kernels import quantize_rows
 
 _T = GGMLQuantizationType
 _WITHOUT = {_T.F32, _T.F16, _T.BF16, _T.MXFP4, _T.IQ1_M}  # of those that files are written in

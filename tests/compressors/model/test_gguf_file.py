@@ -12,7 +12,8 @@ import pytest
 
 from compressors.model.description.family import GgufValue
 from compressors.model.errors import InputError
-from compressors.model.files.gguf.ggml import GGMLQuantizationType, can_dequantize
+from compressors.model.files.gguf.ggml import can_dequantize
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf.gguf_file import GgufFile
 from exporter.writing.gguf.container import (
     float32_array,

@@ -17,7 +17,7 @@ from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf.mxfp4 import dequantize_mxfp4, ggml_mxfp4_rows
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
-from compressors.quantize import quantize_rows
+from compressors.quantize.kernels import quantize_rows
 from tests.mxfp4_checkpoints import edit_tensors, random_codes, values_of, write_both
 
 _ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)

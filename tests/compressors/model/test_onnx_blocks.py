@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from compressors.model.files.onnx_blocks import from_q4_0, from_q8_0, pack, unpack
-from compressors.quantize import GGMLQuantizationType, quantize_rows
+from compressors.quantize import GGMLQuantizationType
+from compressors.quantize.kernels import quantize_rows
 
 
 def _rows() -> torch.Tensor:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize_rows
+from compressors.quantize import GGMLQuantizationType, dequantize_rows
 from compressors.quantize.feedback import Feedback, quantize_rows_with_feedback
 from compressors.quantize.feedback.codebook import CODEBOOK_FORMATS, grid_of, table_of, with_codes
 from compressors.quantize.feedback.passes import choose_codes
+from compressors.quantize.kernels import quantize_rows
 from tests.correlated_inputs import weights_and_moments
 
 _TYPES = list(CODEBOOK_FORMATS)

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from compressors.model.errors import InputError
-from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize_rows
+from compressors.quantize import GGMLQuantizationType, dequantize_rows
 from compressors.quantize.feedback import Feedback, conditioned, quantize_rows_with_feedback
 from compressors.quantize.feedback.fields import Fields, write_codes
 from compressors.quantize.feedback.moments import DAMPING
 from compressors.quantize.feedback.passes import choose_codes
 from compressors.quantize.feedback.scalar import SCALAR_FORMATS, grid_of, levels_of, with_codes
+from compressors.quantize.kernels import quantize_rows
 from tests.correlated_inputs import weights_and_moments
 
 _TYPES = list(SCALAR_FORMATS)

@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional
 
 from compressors.model.files.gguf.ggml_types import BLOCK_SIZES
-from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize_rows
+from compressors.quantize import GGMLQuantizationType, dequantize_rows
 from compressors.quantize.feedback import Feedback, conditioned, quantize_rows_with_feedback
+from compressors.quantize.kernels import quantize_rows
 from compressors.shrink.moe_block import Evidence, MoeBlock
 
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]

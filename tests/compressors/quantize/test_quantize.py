@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.quantize import GGMLQuantizationType, dequantize_rows, fallback_type, quantize_rows, row_bytes
+from compressors.quantize import GGMLQuantizationType, dequantize_rows, fallback_type, row_bytes
+from compressors.quantize.kernels import quantize_rows
 from tests.llama_quantize import CODEBOOK_TYPES, FILE_TYPES, check_bytes, three_experts
 
 _T = GGMLQuantizationType

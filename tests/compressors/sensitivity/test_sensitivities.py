@@ -20,7 +20,8 @@ from compressors.model.predictions.next_token import draw_tokens, random_numbers
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
-from compressors.sensitivity import Sensitivities, gather_sensitivities
+from compressors.sensitivity.gathering import gather_sensitivities
+from compressors.sensitivity.matrices import Sensitivities
 from tests.altered import EMBEDDING_SCALE, LOGIT_DIVISOR, with_factors
 
 _SEED = 7

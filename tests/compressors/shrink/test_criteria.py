@@ -14,8 +14,9 @@ from torch import nn
 import compressors.shrink.criteria
 from compressors.calibration.statistics import LayerStatistics
 from compressors.model.sources.opening import open_source
-from compressors.shrink.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR, removal_error
+from compressors.shrink.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR
 from compressors.shrink.moe_block import Evidence, MoeBlock
+from compressors.shrink.removal_error import removal_error
 
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
 

@@ -12,7 +12,8 @@ import torch
 from compressors.model.config.reading import read_spec
 from compressors.model.errors import UnsupportedError
 from compressors.model.sources.student import ExpertMap, LayerMap
-from compressors.shrink.dense import Condense, check_dense, dense_size
+from compressors.shrink.condense import Condense
+from compressors.shrink.dense import check_dense, dense_size
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock
 
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]

@@ -30,7 +30,7 @@ from compressors.shrink.layerwise import CompressedLayer, LayerTarget, Layerwise
 from compressors.shrink.merge import REAM, MSMoE
 from compressors.shrink.moe_block import Evidence, Method, MoeBlock
 from compressors.shrink.prune import Prune, highest
-from compressors.shrink.slim import SlimWidth
+from compressors.shrink.slim.width import SlimWidth
 
 _N_LAYERS = 3
 _WIDTH = 128

@@ -18,13 +18,14 @@ from compressors.model.description.glu import Glu
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.shrink.criteria import removal_error
-from compressors.shrink.dense import Condense, check_dense
+from compressors.shrink.condense import Condense
+from compressors.shrink.dense import check_dense
 from compressors.shrink.merge import REAM, HCSMoE, MSMoE, merge_groups
 from compressors.shrink.moe_block import Evidence, MoeBlock
 from compressors.shrink.prune import Prune
 from compressors.shrink.registry import expert_counts, fewest_experts
-from compressors.shrink.slim import SlimWidth
+from compressors.shrink.removal_error import removal_error
+from compressors.shrink.slim.width import SlimWidth
 
 _GROUPED = Routing(
     Score.SIGMOID,

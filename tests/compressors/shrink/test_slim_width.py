@@ -13,8 +13,8 @@ import torch
 
 from compressors.model.errors import InputError
 from compressors.shrink.moe_block import Evidence, MoeBlock, second_moment
-from compressors.shrink.slim import SlimWidth, check_width
-from compressors.shrink.slim.width import compensated_down
+from compressors.shrink.slim import check_width
+from compressors.shrink.slim.width import SlimWidth, compensated_down
 
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
 

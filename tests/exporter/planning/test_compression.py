@@ -28,16 +28,16 @@ from compressors.shrink.merge import REAM, HCSMoE, MSMoE
 from compressors.shrink.moe_block import Method
 from compressors.shrink.prune import Prune
 from compressors.shrink.registry import fewest_experts
-from compressors.shrink.slim import SlimWidth
+from compressors.shrink.slim.width import SlimWidth
 from exporter.planning.compression import (
     check_compression,
     described_compression,
     expected_spec,
-    layer_targets,
 )
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import CompressChoice, Recipe, recipe_yaml
+from exporter.stages.student.layer_targets import layer_targets
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.writing.onnx.writer import predict_size, write_onnx

@@ -17,17 +17,18 @@ from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.running.memory import working_bytes
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.opening import open_source
-from compressors.shrink.dense import Condense
+from compressors.shrink.condense import Condense
 from compressors.shrink.layerwise import LayerTarget
-from compressors.shrink.slim import SlimWidth
+from compressors.shrink.slim.width import SlimWidth
 from exporter.estimating.estimate import Speeds, seconds_by_stage
 from exporter.estimating.needs import disk_lines, memory_lines
-from exporter.planning.compression import check_compression, described_compression, expected_spec, layer_targets
+from exporter.planning.compression import check_compression, described_compression, expected_spec
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
 from exporter.planning.planner import predict_recipe
 from exporter.planning.recipe import CompressChoice, Recipe
+from exporter.stages.student.layer_targets import layer_targets
 from exporter.writing.gguf.writer import predict_file_size
 from exporter.writing.onnx.writer import predict_size
 from tests.altered import altered

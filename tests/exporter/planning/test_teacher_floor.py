@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from compressors.model.files.storage_type import StorageType
 from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.sources.opening import open_source
@@ -62,8 +63,9 @@ def test_what_fits_is_measured_whole(plan: Plan) -> None:
 
 
 def test_numbers_of_every_dtype_are_held_exactly() -> None:
-    found = {(a, d): exact_type(a, d) for a in ("gguf", "onnx") for d in (torch.bfloat16, torch.float16, torch.float32)}
-    assert found.pop(("gguf", torch.bfloat16)) == "BF16"
+    formats = (StorageType.BF16, StorageType.F16, StorageType.F32)
+    found = {(a, stored): exact_type(a, stored) for a in ("gguf", "onnx") for stored in formats}
+    assert found.pop(("gguf", StorageType.BF16)) == "BF16"
     assert set(found.values()) == {"F32"}
 
 

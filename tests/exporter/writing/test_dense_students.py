@@ -26,10 +26,12 @@ from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
-from compressors.quantize import GGMLQuantizationType, quantize_rows
-from compressors.shrink.dense import Condense, dense_size
+from compressors.quantize import GGMLQuantizationType
+from compressors.quantize.kernels import quantize_rows
+from compressors.shrink.condense import Condense
+from compressors.shrink.dense import dense_size
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
-from compressors.shrink.slim import SlimWidth
+from compressors.shrink.slim.width import SlimWidth
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
 from exporter.writing.onnx.clients import write_client_files

@@ -23,7 +23,7 @@ from compressors.model.sources.student import ExpertMap, Student
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from compressors.shrink.merge import REAM
 from compressors.shrink.prune import Prune
-from compressors.shrink.slim import SlimWidth
+from compressors.shrink.slim.width import SlimWidth
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
 from exporter.writing.onnx.writer import predict_size, write_onnx

@@ -20,7 +20,8 @@ from click.testing import CliRunner
 
 from benchmarks.damage.metadata import rewrite
 from compressors.model.description.roles import Role
-from compressors.model.files.gguf.ggml import GGMLQuantizationType, dequantize_rows, ggml_library_for, row_bytes
+from compressors.model.files.gguf.ggml import dequantize_rows, ggml_library_for, row_bytes
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student

@@ -10,7 +10,8 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES
 
 from benchmarks.damage.error_feedback import FEEDBACK_TYPES, fed_back
-from compressors.model.files.gguf.ggml import GGMLQuantizationType, dequantize_rows
+from compressors.model.files.gguf.ggml import dequantize_rows
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType, search_blocks
 from compressors.model.sources.weights import StoredType
 from validate.files.quantization_error import MatrixError, quantized

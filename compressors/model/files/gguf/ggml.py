@@ -12,16 +12,18 @@ import ctypes
 import functools
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 
-__all__ = ["GGMLQuantizationType", "can_dequantize", "dequantize_into", "dequantize_rows", "ggml_library_for"]
-__all__ += ["row_bytes"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["can_dequantize", "dequantize_into", "dequantize_rows", "ggml_library_for", "quantize_into", "row_bytes"]
 
 
 def row_bytes(ggml_type: GGMLQuantizationType, row_length: int) -> int:
@@ -42,19 +44,45 @@ def dequantize_rows(
     """The values that a runtime sees: float32 [R, N]."""
     n_rows = quantized_RY.shape[0]
     assert quantized_RY.shape == (n_rows, row_bytes(ggml_type, row_length)), quantized_RY.shape
-    values_RN = torch.empty(n_rows, row_length)
-    dequantize_into(np.ascontiguousarray(quantized_RY), ggml_type, values_RN)
-    return values_RN.numpy()
+    values_RN = np.empty((n_rows, row_length), dtype=np.float32)
+    _dequantize(np.ascontiguousarray(quantized_RY), ggml_type, values_RN.ctypes.data, values_RN.size)
+    return values_RN
 
 
 def dequantize_into(quantized: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, out: torch.Tensor) -> None:
     """Fills ``out``, float32 and contiguous, with the values of whole stored rows, one after another; each is exact."""
-    assert out.dtype == torch.float32 and out.is_contiguous() and quantized.flags.c_contiguous
-    assert quantized.nbytes == row_bytes(ggml_type, out.numel()), (quantized.nbytes, ggml_type.name, out.shape)
+    assert str(out.dtype) == "torch.float32" and out.is_contiguous(), out.dtype
+    _dequantize(quantized, ggml_type, out.data_ptr(), out.numel())
+
+
+def _dequantize(quantized: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, address: int, n_values: int) -> None:
+    """Fills memory with the values, float32."""
+    assert quantized.flags.c_contiguous
+    assert quantized.nbytes == row_bytes(ggml_type, n_values), (quantized.nbytes, ggml_type.name, n_values)
     if ggml_type is GGMLQuantizationType.F32:
-        out.view(-1).copy_(torch.from_numpy(quantized.reshape(-1).view(np.float32)))
+        ctypes.memmove(address, quantized.ctypes.data, quantized.nbytes)
     else:
-        _traits(ggml_type).to_float(quantized.ctypes.data, out.data_ptr(), out.numel())
+        _traits(ggml_type).to_float(quantized.ctypes.data, address, n_values)
+
+
+def quantize_into(
+    out_RY: npt.NDArray[np.uint8],
+    values_RN: npt.NDArray[np.float32],
+    ggml_type: GGMLQuantizationType,
+    importance_N: npt.NDArray[np.float32] | None = None,
+) -> None:
+    """Fills rows with quantized values; all arrays are contiguous."""
+    n_rows, row_length = values_RN.shape
+    written = ggml_library_for(ggml_type).ggml_quantize_chunk(
+        int(ggml_type),
+        values_RN.ctypes.data,
+        out_RY.ctypes.data,
+        0,
+        n_rows,
+        row_length,
+        None if importance_N is None else importance_N.ctypes.data,
+    )
+    assert written == out_RY.nbytes, f"ggml wrote {written} bytes, not {out_RY.nbytes}"
 
 
 _ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)

@@ -11,7 +11,11 @@ Letters: R rows, K blocks of a row.
 
 from __future__ import annotations
 
-import torch
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["BLOCK", "MXFP4_SUFFIXES", "blocks_name", "dequantize_mxfp4", "ggml_mxfp4_rows", "scales_name"]
 
@@ -21,12 +25,7 @@ BLOCK = 32
 MXFP4_SUFFIXES = _BLOCKS, _SCALES = "_blocks", "_scales"
 """The ends of the names of the two tensors."""
 
-_BY_SCALE = torch.tensor([2.0 ** (scale - 127) for scale in range(256)])
-_MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-_BY_CODE = torch.cat([_MAGNITUDES, -_MAGNITUDES])
-_BYTES = torch.arange(256)
-_BY_BYTE = torch.stack([_BY_CODE[_BYTES & 15], _BY_CODE[_BYTES >> 4]], dim=1).view(torch.int64).flatten()
-"""The two values of each byte as one number, which takes half of the time to look up."""
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def blocks_name(name: str) -> str:
@@ -47,14 +46,35 @@ def dequantize_mxfp4(blocks_RK16: torch.Tensor, scales_RK: torch.Tensor, out: to
         scales_RK: uint8.
         out: a tensor with any strides.
     """
-    pairs = _BY_BYTE.index_select(0, blocks_RK16.flatten().int())
+    import torch
+
+    pairs = _values_by_byte().index_select(0, blocks_RK16.flatten().int())
     values = pairs.view(torch.float32).view(*scales_RK.shape, BLOCK)
-    factors_RK = _BY_SCALE.index_select(0, scales_RK.flatten().int()).view(scales_RK.shape)
+    factors_RK = _factors_by_scale().index_select(0, scales_RK.flatten().int()).view(scales_RK.shape)
     out.copy_(values.mul_(factors_RK[..., None]).flatten(-2))
 
 
 def ggml_mxfp4_rows(blocks_RK16: torch.Tensor, scales_RK: torch.Tensor) -> torch.Tensor:
     """The same rows in ggml's type MXFP4: uint8 [R, 17 K]."""
+    import torch
+
     codes_RK32 = torch.stack([blocks_RK16 & 15, blocks_RK16 >> 4], dim=-1).flatten(-2)
     first, second = codes_RK32.split(BLOCK // 2, dim=-1)
     return torch.cat([scales_RK[..., None], first | (second << 4)], dim=-1).flatten(-2)
+
+
+@cache
+def _factors_by_scale() -> torch.Tensor:
+    import torch
+
+    return torch.tensor([2.0 ** (scale - 127) for scale in range(256)])
+
+
+@cache
+def _values_by_byte() -> torch.Tensor:
+    """The two values of each byte as one number, which takes half of the time to look up."""
+    import torch
+
+    by_code = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)])
+    bytes_ = torch.arange(256)
+    return torch.stack([by_code[bytes_ & 15], by_code[bytes_ >> 4]], dim=1).view(torch.int64).flatten()

@@ -8,9 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from compressors.model.config.reading import language_model_config, read_spec
 from compressors.model.description.family import Family
@@ -23,6 +21,7 @@ from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf.mxfp4 import MXFP4_SUFFIXES
 from compressors.model.files.json_file import read_json
 from compressors.model.files.safetensors_header import TensorHeader
+from compressors.model.files.storage_type import StorageType
 from compressors.model.files.weight_file import WeightFile
 from compressors.model.names import shown
 from compressors.model.sources.hugging_face.accounting import is_scale_of_activations, parts_read_past, unclaimed
@@ -31,9 +30,12 @@ from compressors.model.sources.hugging_face.foreign_folder import check_folder
 from compressors.model.sources.hugging_face.fused_experts import FusedExperts, Mxfp4Experts
 from compressors.model.sources.hugging_face.misfits import is_classifier, likely_cause, with_prefix
 from compressors.model.sources.hugging_face.output_head import is_own_head
-from compressors.model.sources.hugging_face.quantized_config import read_float8, read_mxfp4_dtype
+from compressors.model.sources.hugging_face.quantized_config import read_float8, read_mxfp4_type
 from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
 from compressors.model.sources.hugging_face.weight_folder import INDEX, SINGLE, find_weights
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Checkpoint"]
 
@@ -63,7 +65,7 @@ class Checkpoint:
         self.float8: Float8 | None = read_float8(folder)
         self.spec: ModelSpec = read_spec(folder)
         self.config: Mapping[str, Any] = read_json(self.config_path)
-        self._mxfp4_dtype = read_mxfp4_dtype(folder, self.spec)
+        self._mxfp4_type = read_mxfp4_type(folder, self.spec)
         self._weights = find_weights(folder)
         self.files = self._weights.files
         self._opened = {file: WeightFile(file) for file in self.files}
@@ -95,20 +97,25 @@ class Checkpoint:
         """The format of the files' quantized weights; None: they hold none."""
         if self.float8 is not None:
             return self.float8.describe(self.headers)
-        has_codes = self._mxfp4_dtype is not None and any(name.endswith(MXFP4_SUFFIXES) for name in self.headers)
+        has_codes = self._mxfp4_type is not None and any(name.endswith(MXFP4_SUFFIXES) for name in self.headers)
         return "experts in MXFP4" if has_codes else None
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Storage dtype of the experts."""
+    def storage_type(self) -> StorageType:
+        """The format of the experts' values."""
         with_experts = next(index for index, layer in enumerate(self.spec.layers) if layer.n_experts)
         down = self.spec.tensor(Role.EXPERT_DOWN, with_experts)
         fused = self._fused(down, with_experts)
-        return self._dtype(down.name.format(layer=with_experts, expert=0) if fused is None else fused.main)
+        return self._storage_type(down.name.format(layer=with_experts, expert=0) if fused is None else fused.main)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The same as torch's dtype."""
+        return self.storage_type.dtype
 
     def dtype_of(self, role: Role, layer: int | None = None) -> torch.dtype:
         """Storage dtype of a tensor outside of experts."""
-        return self._dtype(self._name(role, layer))
+        return self._storage_type(self._name(role, layer)).dtype
 
     @property
     def n_bytes(self) -> int:
@@ -117,15 +124,15 @@ class Checkpoint:
         if self.float8 is not None:
             scales |= {name for name in self.headers if is_scale_of_activations(name)}
         as_they_are = sum(
-            math.prod(header.shape) * self._dtype(name).itemsize if header.format == FLOAT8 else header.n_bytes
+            math.prod(header.shape) * self._storage_type(name).itemsize if header.format == FLOAT8 else header.n_bytes
             for name, header in self.headers.items()
             if name not in scales and header.format != _CODES
         )
         return as_they_are + sum(
-            layer.n_values(tensor) * self._mxfp4_dtype.itemsize
+            layer.n_values(tensor) * self._mxfp4_type.itemsize
             for index, layer in enumerate(self.spec.layers)
             for tensor in layer.expert_tensors
-            if self._mxfp4_dtype is not None and isinstance(self._fused(tensor, index), Mxfp4Experts)
+            if self._mxfp4_type is not None and isinstance(self._fused(tensor, index), Mxfp4Experts)
         )
 
     @property
@@ -148,14 +155,18 @@ class Checkpoint:
         return self._read_rows(self._name(role, layer), rows)
 
     def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        import torch
+
         n_rows, *rest = self.headers[name].shape
         start, stop, _ = rows.indices(n_rows)
-        out = torch.empty(stop - start, *rest, dtype=self._dtype(name))
+        out = torch.empty(stop - start, *rest, dtype=self._storage_type(name).dtype)
         self._read_into(name, out, start * (out[0].numel() if len(out) else 0))
         return out
 
     def expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
         """One expert's gate [F, D], up [F, D] or down [D, F] projection, in storage dtype."""
+        import torch
+
         out = torch.empty(self.spec.dimensions(role, layer), dtype=self.dtype)
         self.read_expert(role, layer, expert, out)
         return out
@@ -220,7 +231,7 @@ class Checkpoint:
             return None
         name = tensor.fused.name.format(layer=layer)
         rows, columns = self.spec.layers[layer].dimensions(tensor)
-        if name not in self.headers and self._mxfp4_dtype is not None and tensor.fused.may_be_mxfp4:
+        if name not in self.headers and self._mxfp4_type is not None and tensor.fused.may_be_mxfp4:
             return Mxfp4Experts(name, tensor.fused, rows, columns)
         if name in self.headers or tensor.fused.is_only_form:
             return FusedExperts(name, tensor.fused, rows, columns)
@@ -266,7 +277,7 @@ class Checkpoint:
         )
 
     def _likely_cause(self, config: Mapping[str, Any], name: str) -> str | None:
-        is_quantized = self.float8 is not None or self._mxfp4_dtype is not None
+        is_quantized = self.float8 is not None or self._mxfp4_type is not None
         return likely_cause(self.path, config, self.headers, name, is_quantized=is_quantized)
 
     def _problem(self, name: str, expected: tuple[int, ...]) -> str | None:
@@ -280,7 +291,7 @@ class Checkpoint:
                 f"{list(expected)}; config and weights do not belong together"
             )
         has_dtype = f"{header.file}: tensor {name} has dtype {header.format}"
-        if self._mxfp4_dtype is not None and name.endswith(MXFP4_SUFFIXES):
+        if self._mxfp4_type is not None and name.endswith(MXFP4_SUFFIXES):
             is_right = header.format == _CODES
             return None if is_right else f"{has_dtype}; codes and scales of MXFP4 are {_CODES}"
         if header.format == FLOAT8 and self.float8 is None:
@@ -335,13 +346,13 @@ class Checkpoint:
             role = Role.TOKEN_EMBEDDING
         return self.spec.tensor(role, layer).name.format(layer=layer)
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def _storage_type(self, name: str) -> StorageType:
         header = self.headers[name]
         if header.format == FLOAT8 and self.float8 is not None:
-            return self.float8.dtype
-        if header.format == _CODES and self._mxfp4_dtype is not None:
-            return self._mxfp4_dtype
-        return header.dtype
+            return self.float8.storage_type
+        if header.format == _CODES and self._mxfp4_type is not None:
+            return self._mxfp4_type
+        return header.storage_type
 
     def _read_into(self, name: str, out: torch.Tensor, first: int) -> None:
         header, scales = self.headers[name], self._scales(name)

@@ -14,13 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-
-import torch
+from functools import cache
+from typing import TYPE_CHECKING
 
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.safetensors_header import TensorHeader
+from compressors.model.files.storage_type import StorageType
 from compressors.model.files.weight_file import WeightFile
 from compressors.model.names import shown
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["FLOAT8", "GIVE_THE_ORIGINAL", "SCALE_SUFFIXES", "Float8", "Grain", "scales_of"]
 
@@ -34,9 +38,6 @@ GIVE_THE_ORIGINAL = (
 
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 """The ends of the names of tensors with scales. Both hold factors, whatever the first one is called."""
-
-_FLOAT8_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-"""The values by code: a look-up takes a seventh of the time of torch's conversion."""
 
 _EXPONENTS = "U8"
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0")
@@ -81,13 +82,13 @@ class Float8:
 
     Attributes:
         grains: the ways in which values share scales; the shape of a tensor's scales says which one it is.
-        dtype: the weights' dtype.
+        storage_type: the type of the weights.
         rounds_to_scales: True if a product is rounded to the scales' dtype first.
         has_exponents: True if scales in U8 are exponents of 2, with a bias of 127.
     """
 
     grains: tuple[Grain, ...]
-    dtype: torch.dtype
+    storage_type: StorageType
     rounds_to_scales: bool = False
     has_exponents: bool = False
 
@@ -140,6 +141,8 @@ class Float8:
         Raises:
             InputError: a file was changed or cut off since it was opened.
         """
+        import torch
+
         header, of_scales = values[0].tensors[values[1]], scales[0].tensors[scales[1]]
         n_rows, n_columns = header.shape[-2:]
         grain = self._grains_of(header, of_scales)[0]
@@ -151,17 +154,19 @@ class Float8:
             value = torch.empty(n_together, n_columns, dtype=torch.float8_e4m3fn)
             values[0].read_into(values[1], value, first + done * n_columns)
             codes = value.view(torch.uint8).view(-1).int()
-            weights = _FLOAT8_VALUES.index_select(0, codes).view_as(value)
+            weights = _float8_values().index_select(0, codes).view_as(value)
             weights.mul_(self._factors(scales, grain, (n_rows, n_columns), matrix, range(row, row + n_together)))
             if self.rounds_to_scales and of_scales.format in ("BF16", "F16"):
-                weights = weights.to(of_scales.dtype)
-            rows[done : done + n_together] = weights.to(self.dtype)
+                weights = weights.to(of_scales.storage_type.dtype)
+            rows[done : done + n_together] = weights.to(self.storage_type.dtype)
             done += n_together
 
     def _factors(
         self, scales: tuple[WeightFile, str], grain: Grain, sizes: tuple[int, int], matrix: int, rows: range
     ) -> torch.Tensor:
         """The scales of some rows of a matrix of these sizes, float32; axes along which they are equal have size 1."""
+        import torch
+
         file, name = scales
         n_row_blocks, n_column_blocks = grain.n_blocks(*sizes)
         height, width = grain.rows or sizes[0], grain.columns or sizes[1]
@@ -181,6 +186,14 @@ class Float8:
         if len(header.shape) < 2:
             return []
         return [grain for grain in self.grains if grain.fits(header.shape, scales.shape)]
+
+
+@cache
+def _float8_values() -> torch.Tensor:
+    """The values by code: a look-up takes a seventh of the time of torch's conversion."""
+    import torch
+
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def _rows_together(grain: Grain, row: int) -> int:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from compressors.model.description.tensors import Fused
 from compressors.model.files.gguf.mxfp4 import BLOCK, blocks_name, dequantize_mxfp4, ggml_mxfp4_rows, scales_name
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["FusedExperts", "Mxfp4Experts"]
 
-ReadInto = Callable[[str, torch.Tensor, int], None]
+ReadInto = Callable[[str, "torch.Tensor", int], None]
 """``read(name, out, first)`` fills ``out`` with a tensor's values from the one with flat index ``first`` on."""
 
 
@@ -48,6 +50,8 @@ class FusedExperts:
         if not self.fused.is_interleaved and not self.fused.is_transposed:
             read(self.name, out, (self.fused.n_parts * expert + self.fused.part) * n_values)
             return
+        import torch
+
         of_expert = torch.empty(self.fused.of_expert(self.rows, self.columns), dtype=out.dtype)
         read(self.name, of_expert, expert * of_expert.numel())
         out.copy_(self.fused.matrix(of_expert))
@@ -91,6 +95,8 @@ class Mxfp4Experts:
         return ggml_mxfp4_rows(*self._codes(expert, read))
 
     def _codes(self, expert: int, read: ReadInto) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
         found = []
         for name, (_, *shape) in self.tensors(1).items():
             of_expert = torch.empty(shape, dtype=torch.uint8)

@@ -7,15 +7,17 @@ transformers 5 ties the head only where the file holds none, or one that equals 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["is_own_head"]
 
 _ROWS_AT_ONCE = 4096
 
 _answers: dict[Hashable, bool] = {}
-ReadRows = Callable[[slice], torch.Tensor]
+ReadRows = Callable[[slice], "torch.Tensor"]
 
 
 def is_own_head(state: Hashable, n_rows: int, read_head: ReadRows, read_embedding: ReadRows) -> bool:
@@ -38,6 +40,8 @@ def is_own_head(state: Hashable, n_rows: int, read_head: ReadRows, read_embeddin
 
 
 def _differ(n_rows: int, read_head: ReadRows, read_embedding: ReadRows) -> bool:
+    import torch
+
     for start in range(0, n_rows, _ROWS_AT_ONCE):
         rows = slice(start, min(start + _ROWS_AT_ONCE, n_rows))
         if not torch.equal(read_head(rows).float(), read_embedding(rows).float()):

@@ -15,18 +15,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 from compressors.model.files.json_file import read_json
+from compressors.model.files.storage_type import StorageType
 from compressors.model.names import shown
 from compressors.model.sources.hugging_face.float8 import GIVE_THE_ORIGINAL, Float8, Grain
 
-__all__ = ["read_float8", "read_mxfp4_dtype"]
+__all__ = ["read_float8", "read_mxfp4_type"]
 
 _KEYS = ("quantization_config", "compression_config")  # the second: older compressed-tensors
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TYPES = {stored.torch_name: stored for stored in (StorageType.F32, StorageType.F16, StorageType.BF16)}
 _MXFP4 = "mxfp4"
 _E4M3 = (None, "e4m3", "e4m3fn", "float8_e4m3fn")  # MiniMax-M2 uses torch's name
 _COARSE = (Grain(), Grain(rows=1))
@@ -65,13 +64,13 @@ def read_float8(folder: Path) -> Float8 | None:
     if read is None:
         raise _not_read(path, settings)
     try:
-        return read(settings, _dtype(config))
+        return read(settings, _type_of(config))
     except _NotReadError as problem:
         raise _not_read(path, settings, str(problem)) from None
 
 
-def read_mxfp4_dtype(folder: Path, spec: ModelSpec) -> torch.dtype | None:
-    """Reads from ``config.json`` the dtype that experts in MXFP4 are read as; None if they are not stored so.
+def read_mxfp4_type(folder: Path, spec: ModelSpec) -> StorageType | None:
+    """Reads from ``config.json`` the type that experts in MXFP4 are read as; None if they are not stored so.
 
     Raises:
         UnsupportedError: it names MXFP4 for a family whose MXFP4 tensors are not known.
@@ -84,28 +83,28 @@ def read_mxfp4_dtype(folder: Path, spec: ModelSpec) -> torch.dtype | None:
     fused = (tensor.fused for layer in spec.layers for tensor in layer.expert_tensors)
     if not any(layout is not None and layout.may_be_mxfp4 for layout in fused):
         raise _not_read(path, settings)
-    return _dtype(config)
+    return _type_of(config)
 
 
-def _fp8(settings: Mapping[str, Any], dtype: torch.dtype) -> Float8:
+def _fp8(settings: Mapping[str, Any], stored: StorageType) -> Float8:
     _refuse_others(settings, "activation_scheme", (None, "dynamic", "static"))
     _refuse_others(settings, "fmt", _E4M3)
     _refuse_others(settings, "expert_dtype", (None, "fp8"))
     _refuse_others(settings, "scale_fmt", (None, "float", "ue8m0"))
     has_exponents = settings.get("scale_fmt") == "ue8m0"
     if settings.get("weight_block_size") is not None:
-        return Float8((_block(settings, "weight_block_size"),), dtype, has_exponents=has_exponents)
+        return Float8((_block(settings, "weight_block_size"),), stored, has_exponents=has_exponents)
     blocks = () if "weight_block_size" in settings else (Grain(*_USUAL_BLOCK),)  # transformers' default
-    return Float8((*blocks, *_COARSE), dtype, has_exponents=has_exponents)
+    return Float8((*blocks, *_COARSE), stored, has_exponents=has_exponents)
 
 
-def _modelopt(settings: Mapping[str, Any], dtype: torch.dtype) -> Float8:
+def _modelopt(settings: Mapping[str, Any], stored: StorageType) -> Float8:
     if settings.get("quant_algo") != "FP8":
         raise _NotReadError(f"with quant_algo {shown(settings.get('quant_algo'))}")
-    return Float8((Grain(),), dtype)
+    return Float8((Grain(),), stored)
 
 
-def _compressed_tensors(settings: Mapping[str, Any], dtype: torch.dtype) -> Float8:
+def _compressed_tensors(settings: Mapping[str, Any], stored: StorageType) -> Float8:
     _refuse_changes_of_other_kinds(settings)
     groups = settings.get("config_groups")
     if not isinstance(groups, dict):
@@ -117,7 +116,7 @@ def _compressed_tensors(settings: Mapping[str, Any], dtype: torch.dtype) -> Floa
     if len([grain for grain in grains if grain.columns is not None]) > 1:
         raise _NotReadError(f"with several sizes of blocks ({', '.join(map(str, grains))})")
     has_exponents = any(format_ == _MXFP8 for _, format_ in schemes)
-    return Float8(grains, dtype, rounds_to_scales=True, has_exponents=has_exponents)
+    return Float8(grains, stored, rounds_to_scales=True, has_exponents=has_exponents)
 
 
 _READERS = {"fp8": _fp8, "modelopt": _modelopt, "compressed-tensors": _compressed_tensors}
@@ -182,12 +181,12 @@ def _method(settings: Any) -> Any:
     return settings.get("quant_method") if isinstance(settings, dict) else None
 
 
-def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+def _type_of(config: Mapping[str, Any]) -> StorageType:
     for settings in _levels(config):
         dtype = settings.get("dtype") or settings.get("torch_dtype")
         if dtype is not None:
-            return _DTYPES.get(str(dtype).removeprefix("torch."), torch.bfloat16)
-    return torch.bfloat16
+            return _TYPES.get(str(dtype).removeprefix("torch."), StorageType.BF16)
+    return StorageType.BF16
 
 
 def _not_read(path: Path, settings: Any, problem: str = "") -> UnsupportedError:

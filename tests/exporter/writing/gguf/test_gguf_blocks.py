@@ -121,7 +121,7 @@ def _best_types(source: Source, path: Path, n_bytes: int) -> Mapping[str, str]:
         BudgetChoice(bytes=n_bytes, kind="file", context=512, kv_type="f16"),
     )
     untyped = UntypedFile("gguf", source, "toy", source.spec, budget, 1, choice)
-    table = default_table(source.spec, units_of(untyped, source.dtype))
+    table = default_table(source.spec, units_of(untyped, source.storage_type))
     found = allocate_file(table, n_bytes, lambda choices: untyped.counted(untyped.file(choices, table.units)))
     return untyped.file(found.choices, table.units).tensors
 

@@ -18,10 +18,12 @@ from compressors.model.description.roles import Role
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
-from compressors.quantize import dequantize_rows, quantize_rows
+from compressors.quantize import dequantize_rows
 from compressors.quantize.feedback import quantize_rows_with_feedback
+from compressors.quantize.kernels import quantize_rows
 from exporter.writing import pieces
-from exporter.writing.feedback import EmbeddingGradient, least_feedback_bytes, threads_within
+from exporter.writing.feedback import EmbeddingGradient
+from exporter.writing.feedback_memory import least_feedback_bytes, threads_within
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
 from tests.altered import altered
 from tests.exporter.calibrated import Calibrated

@@ -35,7 +35,7 @@ from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
-from compressors.quantize import quantize_rows
+from compressors.quantize.kernels import quantize_rows
 from exporter.writing.gguf.container import TensorEntry, aligned, render_header, render_values, string
 from exporter.writing.gguf.imatrix import read_imatrix
 from exporter.writing.gguf.layout import plan_tensors

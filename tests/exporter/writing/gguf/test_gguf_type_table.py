@@ -18,11 +18,15 @@ from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
-from compressors.quantize import dequantize_rows, quantize_rows
-from compressors.sensitivity import Sensitivities, TypeTable, allocate, default_table, gather_sensitivities
+from compressors.quantize import dequantize_rows
+from compressors.quantize.kernels import quantize_rows
+from compressors.sensitivity import TypeTable, allocate, default_table
+from compressors.sensitivity.gathering import gather_sensitivities
+from compressors.sensitivity.matrices import Sensitivities
 from exporter.writing.gguf.container import aligned
 from exporter.writing.gguf.layout import plan_tensors
-from exporter.writing.gguf.type_table import ALLOCATED_TYPES, gguf_type_table, plan_gguf_units, weights_of_a_token
+from exporter.writing.gguf.measured_types import gguf_type_table
+from exporter.writing.gguf.type_table import ALLOCATED_TYPES, plan_gguf_units, weights_of_a_token
 
 _T = GGMLQuantizationType
 _FEW = (_T.Q8_0, _T.Q5_0, _T.Q4_0, _T.Q3_K)

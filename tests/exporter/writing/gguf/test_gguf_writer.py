@@ -21,7 +21,8 @@ from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
-from compressors.quantize import dequantize_rows, fallback_type, kernels, quantize_rows
+from compressors.quantize import dequantize_rows, fallback_type, kernels
+from compressors.quantize.kernels import quantize_rows
 from exporter.writing import files, pieces
 from exporter.writing.gguf.mixes import MIXES
 from exporter.writing.gguf.writer import predict_file_size, write_gguf

@@ -19,8 +19,9 @@ from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import ModelSpec, Place
 from compressors.model.errors import UnsupportedError
+from compressors.model.files.onnx_names import MODEL_FILE
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
-from compressors.model.sources.onnx import MODEL_FILE, OnnxWeights
+from compressors.model.sources.onnx import OnnxWeights
 from exporter.writing.onnx.encodings import onnx_units
 from exporter.writing.onnx.layout import plan_tensors
 from exporter.writing.onnx.memory import predict_runtime_bytes

@@ -18,10 +18,12 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.integer_blocks import BlockType
+from compressors.model.files.onnx_names import DATA_FILE, MODEL_FILE
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
-from compressors.model.sources.onnx import DATA_FILE, MODEL_FILE, OnnxWeights
+from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import ExpertMap, Student
-from compressors.quantize import GGMLQuantizationType, search_blocks
+from compressors.quantize import GGMLQuantizationType
+from compressors.quantize.blocks import search_blocks
 from exporter.writing.onnx.encodings import ENCODINGS, onnx_units
 from exporter.writing.onnx.layout import plan_tensors
 from exporter.writing.onnx.writer import predict_size, write_onnx

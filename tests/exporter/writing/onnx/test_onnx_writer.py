@@ -15,7 +15,8 @@ from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.onnx_blocks import from_q4_0, pack
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
-from compressors.quantize import GGMLQuantizationType, quantize_rows
+from compressors.quantize import GGMLQuantizationType
+from compressors.quantize.kernels import quantize_rows
 from exporter.writing.onnx.encodings import PRESETS
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, plan_tensors
 from exporter.writing.onnx.writer import predict_size, write_onnx

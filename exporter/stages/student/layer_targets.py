@@ -1,0 +1,111 @@
+"""Turns the recipe's ``compress`` choice into a target for each layer, by the teacher's statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from compressors.calibration.statistics import LayerStatistics
+from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
+from compressors.model.running.streaming import StreamedModel
+from compressors.shrink.allocation import allocate_globally, super_experts
+from compressors.shrink.condense import Condense
+from compressors.shrink.criteria import Criterion
+from compressors.shrink.drop import block_similarities, moe_similarities, most_similar, window_similarities
+from compressors.shrink.layerwise import LayerTarget
+from compressors.shrink.moe_block import Method
+from compressors.shrink.prune import Prune
+from compressors.shrink.registry import METHODS, made
+from compressors.shrink.slim.width import SlimWidth
+from exporter.planning.compression import by_layer, condensed_size, layers_with_experts
+from exporter.planning.recipe import CompressChoice
+
+__all__ = ["layer_targets"]
+
+
+def layer_targets(
+    choice: CompressChoice,
+    teacher: ModelSpec,
+    statistics: Sequence[LayerStatistics],
+    open_teacher: Callable[[], StreamedModel],
+    tokens_BT: torch.Tensor,
+) -> list[LayerTarget]:
+    """Returns the target of each layer that stays.
+
+    Args:
+        choice: the recipe's choice.
+        teacher: the source.
+        statistics: the teacher's statistics by layer.
+        open_teacher: opens the teacher, if its states are needed.
+        tokens_BT: the sample for these states.
+
+    Raises:
+        InputError: super-experts are protected, and more of them than experts are kept.
+    """
+    layers = _layers_left(choice, teacher, statistics, open_teacher, tokens_BT)
+    candidates = [layer for layer in layers if layer in layers_with_experts(teacher)]
+    similarities = moe_similarities([statistics[layer] for layer in candidates])
+    dropped = most_similar(similarities, choice.drop_moe_layers, "MoE layers")
+    with_moe = [layer for number, layer in enumerate(candidates) if number not in dropped]
+    counts = _counts(choice, teacher, [statistics[layer] for layer in with_moe])
+    protected = super_experts(statistics) if choice.protect_super_experts else [frozenset[int]()] * teacher.n_layers
+    widths = by_layer(choice.width, len(with_moe), teacher.expert_width)
+    targets = {
+        layer: LayerTarget(
+            layer,
+            condensed_size(teacher, width) if choice.student == "dense" else MoeSize(count, width),
+            tuple(_methods(choice, teacher, count, width, protected[layer])),
+        )
+        for layer, count, width in zip(with_moe, counts, widths, strict=True)
+    }
+    return [targets.get(layer, LayerTarget(layer, NO_MOE)) for layer in layers]
+
+
+def _layers_left(
+    choice: CompressChoice,
+    teacher: ModelSpec,
+    statistics: Sequence[LayerStatistics],
+    open_teacher: Callable[[], StreamedModel],
+    tokens_BT: torch.Tensor,
+) -> list[int]:
+    candidates = layers_with_experts(teacher)
+    if choice.drop_blocks and choice.consecutive_blocks:
+        scores, n_layers = window_similarities(open_teacher(), tokens_BT, choice.drop_blocks), choice.drop_blocks
+        windows = [first for first in range(len(scores)) if {*range(first, first + n_layers)} <= {*candidates}]
+        (best,) = most_similar(scores[windows], 1, "windows")
+        dropped: Sequence[int] = range(windows[best], windows[best] + n_layers)
+    else:
+        similarities = block_similarities([statistics[layer] for layer in candidates])
+        dropped = [candidates[number] for number in most_similar(similarities, choice.drop_blocks, "blocks")]
+    return [layer for layer in range(teacher.n_layers) if layer not in dropped]
+
+
+def _counts(choice: CompressChoice, teacher: ModelSpec, statistics: Sequence[LayerStatistics]) -> Sequence[int]:
+    score = _score(choice)
+    if choice.allocation == "global" and isinstance(choice.experts, int) and score is not None:
+        scores = [score(layer) for layer in statistics]
+        shares = [scores_E / scores_E.sum() for scores_E in scores]  # norms grow with the depth of most models
+        return allocate_globally(shares, choice.experts * len(statistics), teacher.top_k)
+    return by_layer(choice.experts, len(statistics), teacher.n_experts)
+
+
+def _score(choice: CompressChoice) -> Criterion | None:
+    return None if choice.method == "none" else METHODS[choice.method].score
+
+
+def _methods(
+    choice: CompressChoice, teacher: ModelSpec, n_experts: int, width: int, protected: frozenset[int]
+) -> Sequence[Method]:
+    methods: list[Method] = []
+    if n_experts < teacher.n_experts:
+        fewer = made(choice.method, n_experts)
+        methods.append(replace(fewer, protected=protected) if isinstance(fewer, Prune) else fewer)
+    if width < teacher.expert_width:
+        methods.append(SlimWidth(width))
+    if choice.edit_size is not None:
+        methods.append(made(choice.edit, choice.edit_size))
+    if choice.student == "dense":
+        methods.append(Condense())
+    return methods
