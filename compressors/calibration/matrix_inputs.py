@@ -15,14 +15,14 @@ from torch import nn
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec
-from compressors.model.description.tensors import TensorSpec
+from compressors.model.description.tensors import Kind, TensorSpec
 
 __all__ = ["input_sizes", "matrices_beside_experts", "watching_inputs"]
 
 
 def matrices_beside_experts(layer: LayerSpec) -> tuple[TensorSpec, ...]:
-    """The matrices of a layer that files may quantize, except those of its routed experts."""
-    return tuple(tensor for tensor in layer.shared_tensors if tensor.is_quantizable)
+    """The matrices of a layer that files may quantize, except those of its routed experts, and tables of tokens."""
+    return tuple(tensor for tensor in layer.shared_tensors if tensor.kind is Kind.MATRIX)
 
 
 def input_sizes(layer: LayerSpec) -> dict[Role, int]:

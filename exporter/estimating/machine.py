@@ -14,7 +14,6 @@ import torch
 from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.running.arithmetic import dtype_of
 from compressors.model.running.memory import BLOCKS_AT_ONCE
-from compressors.model.sources.opening import open_source
 from compressors.quantize import GGMLQuantizationType, fallback_type, quantize_rows
 from exporter.estimating.estimate import COPIED_TYPES, Speeds
 from exporter.planning.plan import Plan
@@ -32,7 +31,7 @@ _QUANTIZED_ROWS = 32
 
 def measure_speeds(plan: Plan) -> Speeds:
     """The speeds of a plan's own sizes, types and threads."""
-    largest = max(open_source(plan.source).files, key=lambda file: file.stat().st_size)
+    largest = max(plan.open_source().files, key=lambda file: file.stat().st_size)
     arithmetic = dtype_of(plan.recipe.arithmetic)
     reference = multiply_adds = _multiply_adds_per_second(plan, torch.float32)
     if arithmetic is not torch.float32:

@@ -25,6 +25,7 @@ from compressors.shrink.moe_block import Method, Needs
 from compressors.shrink.prune import Prune
 from compressors.shrink.registry import METHODS, expert_counts, made
 from compressors.shrink.slim import SlimWidth, check_width
+from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
 from exporter.planning.recipe import CompressChoice, Recipe
 
@@ -63,7 +64,7 @@ def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
         sizes = [_dense_size(teacher, width) for width in widths]
     by_layer = dict(zip(with_experts, sizes + [NO_MOE] * choice.drop_moe_layers, strict=False))
     left = [layer for layer in range(teacher.n_layers) if layer not in with_experts[n_left:]]
-    return teacher.with_sizes([by_layer.get(layer, NO_MOE) for layer in left], left)
+    return teacher.with_sizes([by_layer.get(layer, NO_MOE) for layer in left], left, MoeSize(experts[-1], widths[-1]))
 
 
 def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
@@ -97,6 +98,11 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
             f"{choice.method} chooses within each layer"
         )
     spec = expected_spec(choice, teacher)
+    if spec.mtp is not None and set(recipe.containers) == {Container.ONNX}:
+        raise InputError(
+            "--keep-mtp: ONNX files never have the layer for MTP, which llama.cpp alone can run: leave --keep-mtp out, "
+            "or write a GGUF file too"
+        )
     for container in recipe.containers:
         refuse_unless_held(spec, container)
 
@@ -156,12 +162,12 @@ def layer_targets(
     open_teacher: Callable[[], StreamedModel],
     tokens_BT: torch.Tensor,
 ) -> list[LayerTarget]:
-    """Returns the target of each layer that stays.
+    """Returns the target of each layer that stays; the last is that of the layer for MTP, where the teacher has one.
 
     Args:
         choice: the recipe's choice.
         teacher: the source.
-        statistics: the teacher's statistics by layer.
+        statistics: the teacher's statistics by layer, those of the layer for MTP last.
         open_teacher: opens the teacher, if its states are needed.
         tokens_BT: the sample for these states.
 
@@ -174,7 +180,8 @@ def layer_targets(
     dropped = most_similar(similarities, choice.drop_moe_layers, "MoE layers")
     with_moe = [layer for number, layer in enumerate(candidates) if number not in dropped]
     counts = _counts(choice, teacher, [statistics[layer] for layer in with_moe])
-    protected = super_experts(statistics) if choice.protect_super_experts else [frozenset[int]()] * teacher.n_layers
+    decoder_layers = statistics[: teacher.n_layers] if choice.protect_super_experts else ()
+    protected = super_experts(decoder_layers) if choice.protect_super_experts else [frozenset[int]()] * teacher.n_layers
     widths = _by_layer(choice.width, len(with_moe), teacher.expert_width)
     targets = {
         layer: LayerTarget(
@@ -184,7 +191,12 @@ def layer_targets(
         )
         for layer, count, width in zip(with_moe, counts, widths, strict=True)
     }
-    return [targets.get(layer, LayerTarget(layer, NO_MOE)) for layer in layers]
+    found = [targets.get(layer, LayerTarget(layer, NO_MOE)) for layer in layers]
+    if teacher.mtp is not None:
+        size = MoeSize(counts[-1], widths[-1])
+        methods = _methods(choice, teacher, size.n_experts, size.expert_width, frozenset())
+        found.append(LayerTarget(teacher.n_layers, size, tuple(methods)))
+    return found
 
 
 def _layers_left(

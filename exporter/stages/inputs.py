@@ -15,7 +15,6 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.model.sources.weights import WrittenWeights
 from exporter.file_names import (
@@ -81,13 +80,13 @@ def heldout_domains(work: WorkDirectory) -> list[str]:
 
 def teacher_statistics(plan: Plan, work: WorkDirectory) -> StoredStatistics:
     """The teacher's sums over the calibration tokens; each layer's are read when they are asked for."""
-    return StoredStatistics(work.path("calibrate", STATISTICS), plan.teacher_spec.n_layers)
+    return StoredStatistics(work.path("calibrate", STATISTICS), len(plan.teacher_spec.blocks))
 
 
 def own_statistics(student: Student, work: WorkDirectory) -> StoredStatistics | None:
     """The sums as the student's experts see them; None where its experts are the teacher's."""
     path = work.path("compress", STATISTICS)
-    return StoredStatistics(path, student.spec.n_layers) if path.exists() else None
+    return StoredStatistics(path, len(student.spec.blocks)) if path.exists() else None
 
 
 def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Student:
@@ -98,7 +97,7 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
     """
     taught = work.paths("recover", RUNG_OVERLAY) if stage == "recover" else []
     overlays = [*reversed(taught), *work.paths("compress", OVERLAY)]  # the first that has a tensor wins
-    return Student.load(open_source(plan.source), work.path("compress", EXPERT_MAP), overlays)
+    return Student.load(plan.open_source(), work.path("compress", EXPERT_MAP), overlays)
 
 
 def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:
