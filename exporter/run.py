@@ -13,7 +13,6 @@ import psutil
 
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
-from compressors.model.sources.opening import open_source
 from exporter.estimating.estimate import describe_time, seconds_by_stage
 from exporter.estimating.machine import measure_speeds
 from exporter.estimating.needs import memory_lines
@@ -118,7 +117,7 @@ def _parts(job: Job, command: str, work: WorkDirectory, identity: dict[str, Any]
 
 
 def _refuse_too_little_memory(plan: Plan) -> None:
-    least = memory_lines(plan.teacher_spec, plan.student_spec, open_source(plan.source).storage_type.itemsize)
+    least = memory_lines(plan.teacher_spec, plan.student_spec, plan.open_source().storage_type.itemsize)
     refuse_too_little_memory(least, plan.memory_bytes, psutil.virtual_memory().available)
     refuse_too_large_rungs(plan)
 

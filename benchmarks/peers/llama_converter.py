@@ -2,10 +2,10 @@
 
 The checkpoints are the trained models, a tiny random one for each row of ``tests/families/rows.py``, in the hub's
 spelling, and gpt-oss with experts in bfloat16 and in MXFP4. Where a family has layers for predicting several tokens at
-once, the checkpoint has one, and both sides leave it out. The converter is from the sources that the installed
-llama-cpp-python was built from, and runs with the packages that it asks for, except for PyTorch, which is that of the
-other peers. Only its checksum of what a tokenizer does is put aside (:mod:`benchmarks.export.convert`), and the key
-that comes from it, ``tokenizer.ggml.pre``, is not compared.
+once, the checkpoint has one, and both sides leave it out; where llama.cpp can run it, both also keep it. The converter
+is from the sources that the installed llama-cpp-python was built from, and runs with the packages that it asks for,
+except for PyTorch, which is that of the other peers. Only its checksum of what a tokenizer does is put aside
+(:mod:`benchmarks.export.convert`), and the key that comes from it, ``tokenizer.ggml.pre``, is not compared.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.layout import plan_tensors
 from exporter.writing.gguf.writer import write_gguf
+from tests.families.checkpoints import add_mtp as add_whole_mtp
 from tests.families.checkpoints import write_inside_of_more, write_model
 from tests.families.rows import ROWS
 from tests.mxfp4_checkpoints import edit_tensors, write_both
@@ -162,8 +163,9 @@ def compare() -> tuple[list[str], bool]:
     compared = []
     with tempfile.TemporaryDirectory() as folder:
         for name, source in _checkpoints(Path(folder)):
-            compared.append(_compare(name, source, command, Path(folder)))
-            print(name, "agrees" if compared[-1].agrees else f"DIFFERENT: {compared[-1]}")
+            for keeps_mtp in (False, *([True] if read_spec(source).family.mtp is not None else [])):
+                compared.append(_compare(name, source, command, Path(folder), keeps_mtp=keeps_mtp))
+                print(compared[-1].name, "agrees" if compared[-1].agrees else f"DIFFERENT: {compared[-1]}")
     return _section(compared), all(one.agrees for one in compared)
 
 
@@ -207,6 +209,9 @@ def _write_tokenizer(folder: Path, tokens: Sequence[str]) -> Path:
 def add_mtp(folder: Path) -> None:
     """Adds a layer for predicting several tokens at once, under the names that the family reads past, if any."""
     spec = read_spec(folder)
+    if spec.family.mtp is not None:
+        add_whole_mtp(folder)
+        return
     for template, further in _MTP.items():
         prefix = template.format(behind=spec.n_layers)
         if any(re.fullmatch(part.pattern, f"{prefix}x") for part in spec.family.skipped):
@@ -230,12 +235,12 @@ def _name_ends(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def _compare(name: str, folder: Path, command: Sequence[str], scratch: Path) -> Compared:
+def _compare(name: str, folder: Path, command: Sequence[str], scratch: Path, *, keeps_mtp: bool) -> Compared:
     ours, theirs = scratch / "ours.gguf", scratch / "theirs.gguf"
-    source = Checkpoint(folder)
+    source = Checkpoint(folder, keeps_mtp=keeps_mtp)
     student = Student.teacher(source)
     write_gguf(student, "F32", ours, types=_stored_types(student), name=_NAME, threads=1)
-    has_flag = bool(source.parts_read_past) and source.spec.model_type not in _WITHOUT_A_FLAG
+    has_flag = bool(source.parts_read_past) and source.spec.model_type not in _WITHOUT_A_FLAG and not keeps_mtp
     options: list[str | Path] = ["--outfile", theirs, "--outtype", "f32", "--model-name", _NAME]
     options += ["--no-mtp"] if has_flag else []
     done = subprocess.run([*command, folder, *options], capture_output=True, text=True, check=False)
@@ -246,7 +251,9 @@ def _compare(name: str, folder: Path, command: Sequence[str], scratch: Path) -> 
     both = our_keys.keys() & their_keys.keys()
     keys = dict.fromkeys(our_keys.keys() - both, _OURS) | dict.fromkeys(their_keys.keys() - both, _THEIRS)
     keys |= {key: _OTHER for key in both if our_keys[key] != their_keys[key]}
-    return Compared(name, total, differing, len(both) - sum(key in both for key in keys), keys, source.parts_read_past)
+    n_equal = len(both) - sum(key in both for key in keys)
+    name = f"{name}, with the layer for MTP" if keeps_mtp else name
+    return Compared(name, total, differing, n_equal, keys, source.parts_read_past)
 
 
 def _stored_types(student: Student) -> dict[str, str]:

@@ -6,7 +6,7 @@ from math import prod
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
-from compressors.model.description.tensors import TensorSpec
+from compressors.model.description.tensors import Kind, TensorSpec
 
 __all__ = [
     "KEPT_TOKENS",
@@ -81,8 +81,8 @@ def sum_sizes(layer: LayerSpec) -> dict[str, tuple[int, ...]]:
 
 
 def matrices_beside_experts(layer: LayerSpec) -> tuple[TensorSpec, ...]:
-    """The matrices of a layer that files may quantize, except those of its routed experts."""
-    return tuple(tensor for tensor in layer.shared_tensors if tensor.is_quantizable)
+    """The matrices of a layer that files may quantize, except those of its routed experts, and tables of tokens."""
+    return tuple(tensor for tensor in layer.shared_tensors if tensor.kind is Kind.MATRIX)
 
 
 def matrices_with_own_input(layer: LayerSpec) -> tuple[TensorSpec, ...]:

@@ -136,7 +136,7 @@ class StatisticsCollector:
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches one layer while it runs."""
-        described = self._spec.layers[index]
+        described = self._spec.blocks[index]
         if index not in self._layers:
             self._layers[index] = LayerStatistics.zeros(described, self._device)
         sums = self._layers[index]
@@ -153,7 +153,7 @@ class StatisticsCollector:
 
     def take(self, index: int) -> LayerStatistics:
         """Returns a finished layer's statistics over the tokens of all processes, and forgets them."""
-        sums = self._layers.pop(index, None) or LayerStatistics.zeros(self._spec.layers[index])
+        sums = self._layers.pop(index, None) or LayerStatistics.zeros(self._spec.blocks[index])
         tensors = {name: tensor.cpu() for name, tensor in sums.tensors.items()}
         reduce_sum(tensor for name, tensor in tensors.items() if name not in _MAXIMA)
         reduce_max(tensor for name, tensor in tensors.items() if name in _MAXIMA)
@@ -291,7 +291,7 @@ def importance(layers: Sequence[LayerStatistics], experts: ExpertMap, student: M
         student: the student's description.
     """
     found: Importance = {}
-    for index, (came_from, described) in enumerate(zip(experts.layers, student.layers, strict=True)):
+    for index, (came_from, described) in enumerate(zip(experts.blocks, student.blocks, strict=True)):
         layer = layers[came_from.source]
         for tensor in matrices_beside_experts(described):
             found[tensor.role, index] = layer.mean_input_squares(tensor)
@@ -322,7 +322,7 @@ def importance_of_kept(original: Importance, experts: ExpertMap) -> Importance:
         experts: the student in terms of that model; each of its experts is one of that model's, of the same width.
     """
     found = {key: values for key, values in original.items() if key[1] is None}
-    for index, came_from in enumerate(experts.layers):
+    for index, came_from in enumerate(experts.blocks):
         assert came_from.width is None and all(len(group) == 1 for group in came_from.groups)
         for (role, layer), values in original.items():
             if layer == came_from.source:

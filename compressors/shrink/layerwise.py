@@ -20,6 +20,7 @@ from compressors.model.description.spec import NO_MOE, LayerSpec, MoeSize
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.layers import LayerReader, LayerWeights
 from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.mtp import run_mtp
 from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.source import Source
@@ -61,7 +62,7 @@ class LayerwiseCompression:
 
     Args:
         source: the teacher.
-        targets: the student's layers, in order; the teacher's others are dropped.
+        targets: the student's layers, in order, the one for MTP last; the teacher's others are dropped.
         statistics: the teacher's statistics by layer; sequential mode gathers its own.
         tokens_BT: calibration text: all of it in sequential mode, else a sample if a method needs inputs.
         n_sample_blocks: the number of first blocks that give the inputs for methods.
@@ -92,7 +93,7 @@ class LayerwiseCompression:
         self._limit = limit
         self._dtype = dtype
         self._device = device
-        whole = [NO_MOE if target.size == NO_MOE else source.spec.layers[target.source].moe for target in targets]
+        whole = [NO_MOE if target.size == NO_MOE else source.spec.blocks[target.source].moe for target in targets]
         self._before = self._student(source, whole)
 
     def run(self) -> Iterator[CompressedLayer]:
@@ -120,6 +121,9 @@ class LayerwiseCompression:
         (states,) = model.first_states([TokenGroup(self._tokens_BT, dtype=self._dtype)])
         for index, weights in model.weights(range(len(self._targets))):
             inputs = _MoeInputs(self._before, self._n_sample_blocks * self._tokens_BT.shape[1])
+            if index == self._before.spec.n_layers:
+                yield self._compress_mtp(model, weights, states, inputs)
+                continue
             if after is None:
                 model.run(index, weights, states, states, [inputs.observe])
                 yield self._compress(index, weights, self._teacher_statistics(index), inputs.take())[0]
@@ -130,11 +134,20 @@ class LayerwiseCompression:
             _advance(after, index, weights, block, states)
             yield layer
 
+    def _compress_mtp(
+        self, model: StreamedModel, weights: LayerWeights, states: HiddenStates, inputs: _MoeInputs
+    ) -> CompressedLayer:
+        """Compresses the layer for MTP by the states behind the decoder layers."""
+        collector, index = StatisticsCollector(self._before.spec, self._device), self._before.spec.n_layers
+        run_mtp(model, weights, self._tokens_BT, states, observers=[inputs.observe, collector.observe])
+        statistics = collector.take(index) if self._sequential else self._teacher_statistics(index)
+        return self._compress(index, weights, statistics, inputs.take())[0]
+
     def _compress(
         self, index: int, weights: LayerWeights, statistics: LayerStatistics, inputs: _Inputs
     ) -> tuple[CompressedLayer, MoeBlock | None]:
         """Applies the methods to a layer; the block is None where there are no routed experts."""
-        target, original = self._targets[index], self._before.spec.layers[index]
+        target, original = self._targets[index], self._before.spec.blocks[index]
         if target.size == NO_MOE:
             return CompressedLayer(LayerMap(target.source, ()), {}), None
         result = CompressedBlock.unchanged(_block(original, weights))
@@ -150,7 +163,7 @@ class LayerwiseCompression:
 
     def _without_values(self, index: int) -> LayerWeights:
         """A layer without values, for methods that look at no weight."""
-        layer = self._before.spec.layers[index]
+        layer = self._before.spec.blocks[index]
         with torch.device("meta"):
             return LayerWeights(
                 torch.empty(layer.n_experts, layer.expert_input_rows, layer.hidden_size),
@@ -185,7 +198,8 @@ class LayerwiseCompression:
 
     def _student(self, source: Source, sizes: Sequence[MoeSize]) -> Student:
         layers = [target.placeholder(size) for target, size in zip(self._targets, sizes, strict=True)]
-        return Student(source, ExpertMap(source.spec.n_experts, tuple(layers)))
+        mtp = layers.pop() if layers[-1].source == source.spec.n_layers else None
+        return Student(source, ExpertMap(source.spec.n_experts, tuple(layers), mtp))
 
     def _model_of_final_sizes(self) -> StreamedModel:
         """A model with decoder layers of the student's sizes, which runs with given weights."""
@@ -278,7 +292,7 @@ class _MoeInputs:
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches one layer while it runs."""
-        routed = self._student.spec.layers[index].routed
+        routed = self._student.spec.blocks[index].routed
         if routed is None:
             yield
             return

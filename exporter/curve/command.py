@@ -107,7 +107,7 @@ def curve_plan(job: Job, sizes: str, command: str) -> Plan:
         BudgetError: nothing is as small as a size that was named.
     """
     plan = make_plan(job, command)
-    checkpoint = open_source(plan.source)
+    checkpoint = plan.open_source()
     assert plan.search is not None, "no mix is pinned"
     structures = structures_for(plan.search, checkpoint.spec)
     curve = _sizes(sizes, checkpoint, plan.recipe.source.model)

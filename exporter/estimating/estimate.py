@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from compressors.calibration.sizes import n_kept_blocks
 from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
 from exporter.estimating.durations import format_duration
 from exporter.estimating.needs import heldout_blocks, student_bytes, student_differs
@@ -79,7 +78,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
     memory is read from the disk once.
     """
     recipe, teacher, student = plan.recipe, plan.teacher_spec, plan.student_spec
-    passes = _Passes(open_source(plan.source), speeds, free_memory)
+    passes = _Passes(plan.open_source(), speeds, free_memory)
     n_heldout = heldout_blocks(plan)
     n_reference = recipe.text.selection_blocks + n_heldout
     computing = passes.computing(teacher, recipe.text.calibration_blocks, n_reference)
@@ -111,7 +110,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
 def seconds_of_measuring(plan: Plan, speeds: Speeds) -> float:
     """The approximate seconds to write a file of the whole original and to judge it on the selection split."""
     spec = plan.teacher_spec
-    passes = _Passes(open_source(plan.source), speeds, 0)
+    passes = _Passes(plan.open_source(), speeds, 0)
     writing = passes.export(spec, "", next(iter(plan.predictions.values())).file, _CHOOSING_CODES)
     return writing + passes.forward(spec, n_reference=plan.recipe.text.selection_blocks)
 
@@ -182,7 +181,7 @@ def _compression(plan: Plan, passes: _Passes) -> float:
 def _teacher_seconds(plan: Plan, passes: _Passes, artifact: str) -> float:
     """Seconds to write the original's first layers and run a few chunks, twice if these are not all of its layers."""
     floor = plan.teacher_floors[artifact]
-    spec = first_layers(open_source(plan.source), floor.n_layers).spec
+    spec = first_layers(plan.open_source(), floor.n_layers).spec
     n_passes = 1 if floor.n_layers == plan.teacher_spec.n_layers else 2
     n_chunks = min(floor.n_chunks, heldout_blocks(plan))
     writing = passes.export(spec, floor.weight_type, floor.file_bytes)

@@ -15,7 +15,6 @@ from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.files.gguf.ggml import quantize_into
 from compressors.model.files.storage_type import StorageType
 from compressors.model.running.memory import blocks_at_once
-from compressors.model.sources.opening import open_source
 from compressors.quantize import GGMLQuantizationType, fallback_type, row_bytes
 from exporter.estimating.estimate import COPIED_TYPES, Speeds
 from exporter.planning.plan import Plan
@@ -35,7 +34,7 @@ _BFLOAT16_GAIN = 3.5  # with matrix units, which alone make it worthwhile (compr
 
 def measure_speeds(plan: Plan) -> Speeds:
     """The speeds of a plan's own sizes, types and threads."""
-    largest = max(open_source(plan.source).files, key=lambda file: file.stat().st_size)
+    largest = max(plan.open_source().files, key=lambda file: file.stat().st_size)
     reference = _multiply_adds_per_second(plan)
     gain = 1.0 if plan.recipe.arithmetic == "float32" else _BFLOAT16_GAIN
     return Speeds(_read_bytes_per_second(largest), gain * reference, reference, _quantized_per_second(plan))

@@ -13,7 +13,6 @@ from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import Kind
 from compressors.model.running.memory import PROCESS_BYTES, positions_at_once, working_bytes
-from compressors.model.sources.opening import open_source
 from compressors.recover.scopes import Scope
 from compressors.recover.training_memory import training_bytes
 from exporter.estimating.planned_types import planned_block_length, same_numbers
@@ -123,7 +122,7 @@ def _search_bytes(plan: Plan) -> int:
     """Bytes of the largest file while it is measured, and of a smaller structure's experts, as built and as trained."""
     if plan.search is None:
         return 0
-    return max(prediction.file for prediction in plan.predictions.values()) + 2 * open_source(plan.source).n_bytes
+    return max(prediction.file for prediction in plan.predictions.values()) + 2 * plan.open_source().n_bytes
 
 
 def heldout_blocks(plan: Plan) -> int:
@@ -143,13 +142,13 @@ def _router_input_bytes(plan: Plan) -> int:
 
 def student_bytes(plan: Plan) -> int:
     """Bytes of the student's checkpoint: the source's dtype, but routers, if it has any, in float32."""
-    shape, itemsize = plan.student_spec, open_source(plan.source).storage_type.itemsize
+    shape, itemsize = plan.student_spec, plan.open_source().storage_type.itemsize
     return shape.parameters * itemsize + _router_values(shape.written) * (4 - itemsize)
 
 
 def _expert_bytes(plan: Plan) -> int:
     """Bytes of all of the student's experts in the source's dtype."""
-    shape, itemsize = plan.student_spec, open_source(plan.source).storage_type.itemsize
+    shape, itemsize = plan.student_spec, plan.open_source().storage_type.itemsize
     return sum(layer.n_experts * layer.expert_parameters for layer in shape.layers) * itemsize
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compressors.model.sources.opening import open_source
 from exporter.estimating.sizes import size_label
 from exporter.file_names import FOUND, RESULTS
 from exporter.planning.job import Job
@@ -82,7 +81,7 @@ def _found(part: Part, entry: dict[str, Any], *, alone: bool) -> Part:
     plan = replace(
         part.plan,
         recipe=recipe,
-        predictions=predict_recipe(recipe, open_source(part.plan.source)),
+        predictions=predict_recipe(recipe, part.plan.open_source()),
         refused_rungs=tuple(RefusedRung(**refused) for refused in entry["refused_rungs"]),
         out=part.plan.out if alone else result_folder(part.work, name),
         search=None,

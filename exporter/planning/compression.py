@@ -15,6 +15,7 @@ from compressors.shrink.dense import check_dense, dense_size
 from compressors.shrink.needs import Needs
 from compressors.shrink.registry import METHODS, SLIM, expert_counts
 from compressors.shrink.slim import check_width
+from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
 from exporter.planning.recipe import CompressChoice, Recipe
 
@@ -54,7 +55,7 @@ def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
         sizes = [condensed_size(teacher, width) for width in widths]
     size_of = dict(zip(with_experts, sizes + [NO_MOE] * choice.drop_moe_layers, strict=False))
     left = [layer for layer in range(teacher.n_layers) if layer not in with_experts[n_left:]]
-    return teacher.with_sizes([size_of.get(layer, NO_MOE) for layer in left], left)
+    return teacher.with_sizes([size_of.get(layer, NO_MOE) for layer in left], left, MoeSize(experts[-1], widths[-1]))
 
 
 def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
@@ -88,6 +89,11 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
             f"{choice.method} chooses within each layer"
         )
     spec = expected_spec(choice, teacher)
+    if spec.mtp is not None and set(recipe.containers) == {Container.ONNX}:
+        raise InputError(
+            "--keep-mtp: ONNX files never have the layer for MTP, which llama.cpp alone can run: leave --keep-mtp out, "
+            "or write a GGUF file too"
+        )
     for container in recipe.containers:
         refuse_unless_held(spec, container)
 

@@ -76,6 +76,9 @@ class PlainFlags:
     device: str = _flag("auto", "Where calibration and recovery compute: cpu or cuda.")
     seed: int = _flag(42, "Order of training blocks.", in_recipe=True)
     dry_run: bool = _flag(False, "Print the plan and write the recipe beside OUT; read no weights.")
+    keep_mtp: bool = _flag(
+        False, "Keep the layer that predicts further tokens (MTP), with which llama.cpp drafts.", in_recipe=True
+    )
     save_student: bool = _flag(False, "Also write the student as a Hugging Face checkpoint.", in_recipe=True)
     force: bool = _flag(False, "Start although disk or memory look too small.")
     json: bool = _flag(False, "Print report.json instead of a table.")

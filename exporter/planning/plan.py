@@ -11,6 +11,7 @@ from typing import Any
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from exporter.estimating.prediction import Prediction
 from exporter.planning.compression import expected_spec
 from exporter.planning.recipe import Recipe
@@ -57,10 +58,18 @@ class Plan:
     search: Search | None = None  # how to find the recipe after calibration; None: the recipe stands
     curve: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that moe-export pareto compares
 
+    def open_source(self) -> Source:
+        """Opens the original, with those parts that the recipe keeps.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        return open_source(self.source, keeps_mtp=self.recipe.source.keep_mtp)
+
     @cached_property
     def teacher_spec(self) -> ModelSpec:
         """The source's shape."""
-        return open_source(self.source).spec
+        return self.open_source().spec
 
     @property
     def student_spec(self) -> ModelSpec:

@@ -38,11 +38,12 @@ def make_plan(job: Job, command: str) -> Plan:
         InputError: the model, a text or the recipe is wrong.
         BudgetError: nothing fits the budget.
     """
-    checkpoint = open_source(resolve_model(job.model, job.revision, offline=job.offline))
+    recipe = None if job.recipe is None else load_recipe(job.recipe)
+    keeps_mtp = job.keep_mtp if recipe is None else recipe.source.keep_mtp
+    checkpoint = open_source(resolve_model(job.model, job.revision, offline=job.offline), keeps_mtp=keeps_mtp)
     refuse_too_short_a_context(checkpoint.spec)
     calibration, heldout = texts_of(job)
     splits = read_splits(calibration, heldout)
-    recipe = None if job.recipe is None else load_recipe(job.recipe)
     wanted = wanted_blocks(job, len(splits.heldout.parts)) if recipe is None else recipe.text.blocks
     tokenized = tokenize(splits, checkpoint.tokenizer_folder, block_length_of(checkpoint.spec.context_length), wanted)
     counts = TextCounts(tokenized[0].n_blocks, tokenized[1].n_blocks, len(tokenized[2].blocks))

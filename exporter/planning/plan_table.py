@@ -8,7 +8,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from compressors.calibration.splits import BLOCK_LENGTH
-from compressors.model.sources.opening import open_source
 from exporter.estimating.durations import format_duration
 from exporter.estimating.estimate import Speeds, describe_time, seconds_by_stage
 from exporter.estimating.needs import disk_lines, memory_lines
@@ -30,7 +29,7 @@ _OPEN = (
 
 def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     """Choices above, bytes of the artifacts below, and of the run itself at the end."""
-    recipe, teacher, source = plan.recipe, plan.teacher_spec, open_source(plan.source)
+    recipe, teacher, source = plan.recipe, plan.teacher_spec, plan.open_source()
     choices = Table(show_header=False, box=None)
     budget = recipe.budget
     counted = (

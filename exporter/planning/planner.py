@@ -110,7 +110,7 @@ def open_recipe(job: Job, checkpoint: Source, name: str, text: TextChoice) -> Re
         imatrix=None if job.imatrix is None else sha256_of(job.imatrix),
     )
     return Recipe(
-        source=SourceChoice(model=name, identity=checkpoint.identity()),
+        source=SourceChoice(model=name, identity=checkpoint.identity(), keep_mtp=job.keep_mtp),
         budget=BudgetChoice(
             bytes=job.budgets[0],
             kind=job.budget_kind,  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.sources.opening import open_source
 from compressors.recover.training_memory import refuse_too_large
 from exporter.estimating.needs import disk_lines, disk_lines_of_all
 from exporter.estimating.planned_types import planned_block_length
@@ -115,7 +114,7 @@ def refuse_too_large_rungs(plan: Plan) -> None:
     Raises:
         InputError: it is too small for one of them.
     """
-    spec, itemsize, recover = plan.student_spec, open_source(plan.source).storage_type.itemsize, plan.recipe.recover
+    spec, itemsize, recover = plan.student_spec, plan.open_source().storage_type.itemsize, plan.recipe.recover
     for rung in recover.rungs:
         if rung.scope != "router":  # routers need no more than inference
             refuse_too_large(scope_of(rung), spec, itemsize, plan.memory_bytes)

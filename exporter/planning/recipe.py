@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from compressors.calibration.splits import BlockCounts
 from compressors.model.errors import InputError
@@ -75,6 +83,13 @@ class SourceChoice(_Part):
 
     model: str
     identity: str | None = None  # SHA-256 over config.json and the headers of the weight files; null: any
+    keep_mtp: bool = False  # the layer that predicts one more token stays, for llama.cpp; absent: false
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what most recipes do not say, so that theirs are as they always were."""
+        values: dict[str, Any] = serialized(self)
+        return values if self.keep_mtp else {name: value for name, value in values.items() if name != "keep_mtp"}
 
 
 class BudgetChoice(_Part):

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.predictions.routing_record import RoutingRecord
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap
 from exporter.estimating.budget import expert_bits
 from exporter.estimating.planned_types import planned_block_length, same_numbers
@@ -61,7 +60,7 @@ def build_report(
 ) -> dict[str, Any]:
     """Everything that the report says, as data for JSON."""
     recipe = final_recipe(plan, work)
-    source = open_source(plan.source)
+    source = plan.open_source()
     experts = open_student(plan, work).experts
     student_spec = experts.spec_of(source.spec)
     summary = json.loads(work.path("calibrate", SUMMARY).read_text(encoding="utf-8"))

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.opening import open_source
 from exporter.file_names import BUILD
 from exporter.planning.compression import described_compression
 from exporter.planning.recipe import CompressChoice, FileChoice, RecoverChoice
@@ -37,7 +36,7 @@ class ParetoFiles:
     def __init__(self, context: StageContext) -> None:
         assert context.plan.search is not None, "the recipe stands"
         self._context = context
-        self._spec = open_source(context.plan.source).spec
+        self._spec = context.plan.open_source().spec
 
     def best(self, n_bytes: int, artifact: str = "gguf") -> Candidate:
         """The GGUF file, or ONNX folder, that the search expects to be the best among those that are no larger.

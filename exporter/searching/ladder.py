@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
 from exporter.estimating.planned_types import planned_block_length
 from exporter.planning.compression import expected_spec
@@ -51,7 +50,7 @@ def machine_for(source: Source, memory_bytes: int, calibration_blocks: int) -> M
 def ladder_for(compress: CompressChoice, plan: Plan) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
     """Returns the :func:`ladder` that a run climbs with this structure."""
     assert plan.search is not None, "the recipe stands"
-    source = open_source(plan.source)
+    source = plan.open_source()
     return ladder(plan.search.recover, compress, source, _machine(plan, source), plan.recipe.recover.seed)
 
 
@@ -64,7 +63,7 @@ def rung_beside_codes(recipe: Recipe, plan: Plan, expected: float) -> RungChoice
         expected: the divergence of the files before it, in nats.
     """
     assert plan.search is not None, "the recipe stands"
-    source = open_source(plan.source)
+    source = plan.open_source()
     machine, spec = _machine(plan, source), expected_spec(recipe.compress, source.spec)
     is_dense = not spec.written.n_experts
     if plan.search.recover != "auto" or not machine.models_stay or expected < _WORTH_TEACHING or is_dense:

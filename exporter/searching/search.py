@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from compressors.model.errors import BudgetError, UnsupportedError
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.sensitivity import DivergenceModel, UnitPlan
 from exporter.planning.recipe import CompressChoice, FileChoice
@@ -90,7 +89,7 @@ class Search:
         self._context = context
         self._wishes = context.plan.search
         self._recipe = context.plan.recipe
-        self._source = open_source(context.plan.source)
+        self._source = context.plan.open_source()
         self._structures = structures_for(self._wishes, self._source.spec)
         self._n_measured = n_measured
         self._trials: dict[CompressChoice, Trial] = {}

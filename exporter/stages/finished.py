@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.estimating.planned_types import same_numbers
 from exporter.file_names import (
@@ -49,7 +48,7 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
     """
     taught = work.paths("recover", RUNG_OVERLAY) if stage == "recover" else []
     overlays = [*reversed(taught), *work.paths("compress", OVERLAY)]  # the first that has a tensor wins
-    return Student.load(open_source(plan.source), work.path("compress", EXPERT_MAP), overlays)
+    return Student.load(plan.open_source(), work.path("compress", EXPERT_MAP), overlays)
 
 
 def scheduled_blocks(work: WorkDirectory) -> list[int]:

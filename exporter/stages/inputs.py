@@ -64,13 +64,13 @@ def token_blocks(work: WorkDirectory) -> Blocks:
 
 def teacher_statistics(plan: Plan, work: WorkDirectory) -> StoredStatistics:
     """The teacher's sums over the calibration tokens; each layer's are read when they are asked for."""
-    return StoredStatistics(work.path("calibrate", STATISTICS), plan.teacher_spec.n_layers)
+    return StoredStatistics(work.path("calibrate", STATISTICS), len(plan.teacher_spec.blocks))
 
 
 def own_statistics(student: Student, work: WorkDirectory) -> StoredStatistics | None:
     """The sums as the student's experts see them; None where its experts are the teacher's."""
     path = work.path("compress", STATISTICS)
-    return StoredStatistics(path, student.spec.n_layers) if path.exists() else None
+    return StoredStatistics(path, len(student.spec.blocks)) if path.exists() else None
 
 
 def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:

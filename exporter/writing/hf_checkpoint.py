@@ -49,11 +49,12 @@ def write_checkpoint(
     """
     refuse_unless_held(student.spec, Container.STUDENT)
     folder.mkdir(parents=True, exist_ok=resume)
-    n_files = student.spec.n_layers + 1
+    n_blocks = len(student.spec.blocks)
+    n_files = n_blocks + 1
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for number in range(n_files):
-        is_layer = number < student.spec.n_layers
+        is_layer = number < n_blocks
         tensors = list(_layer(student, number)) if is_layer else _outside_of_layers(student)
         file = folder / f"model-{number + 1:05d}-of-{n_files:05d}.safetensors"
         _write_file(student, tensors, file, resume=resume)
@@ -134,11 +135,11 @@ def _outside_of_layers(student: Student) -> list[_Tensor]:
 
 def _layer(student: Student, layer: int) -> Iterator[_Tensor]:
     """The layer's tensors: first those outside of experts, then each expert's."""
-    written = student.spec.written.layers[layer]
+    written = student.spec.written.blocks[layer]
     for tensor in written.shared_tensors:
         if not student.spec.tensor(tensor.role, layer).is_per_expert:
             yield _tensor(student, tensor, layer)
-    for expert in range(student.spec.layers[layer].n_experts):
+    for expert in range(student.spec.blocks[layer].n_experts):
         for tensor in written.tensors:
             is_apart = tensor.fused is None or not tensor.fused.is_only_form
             if student.spec.tensor(tensor.role, layer).is_per_expert and is_apart:
@@ -148,7 +149,7 @@ def _layer(student: Student, layer: int) -> Iterator[_Tensor]:
 
 def _fused(student: Student, layer: int) -> Iterator[_Tensor]:
     """The tensors that hold all experts of a layer, in families whose checkpoints never hold each by itself."""
-    of_layer = student.spec.written.layers[layer]
+    of_layer = student.spec.written.blocks[layer]
     by_name: dict[str, list[TensorSpec]] = {}
     for tensor in of_layer.expert_tensors:
         if tensor.fused is not None and tensor.fused.is_only_form:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families.rows import COMMON, Row
 
-__all__ = ["spell_as_the_hub", "write_inside_of_more", "write_model"]
+__all__ = ["add_mtp", "spell_as_the_hub", "write_inside_of_more", "write_model"]
 
 _EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
@@ -59,7 +59,7 @@ def write_inside_of_more(alone: Path, path: Path) -> None:
     }
     (path / "config.json").write_text(json.dumps(config))
     others = {name: torch.ones(shape) for name, shape in whole.others.items()}
-    save_file({**dict(_renamed(path)), **others}, path / "model.safetensors")
+    save_file({**others, **dict(_renamed(path))}, path / "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -134,3 +134,72 @@ def spell_as_the_hub(path: Path, row: Row) -> None:
     config = {**json.loads(path.read_text(encoding="utf-8")), **row.on_the_hub}
     absent = [key for key, value in row.on_the_hub.items() if value is None]
     path.write_text(json.dumps({key: value for key, value in config.items() if key not in absent}, indent=1))
+
+
+def add_mtp(folder: Path, *, has_own_tables: bool = True) -> None:
+    """Adds a layer that predicts one more token to a checkpoint of a family that has such layers, with random weights.
+
+    It is made of the last layer, which must attend, and of the tensors that the hub's checkpoints have beside it.
+
+    Args:
+        folder: the checkpoint.
+        has_own_tables: where the hub's have an embedding and a head of the layer, these differ from the model's.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    n_layers = config["num_hidden_layers"]
+    prefix, further, count = _MTP[config["model_type"]]
+    path = folder / "model.safetensors"
+    tensors, generator = load_file(path), torch.Generator().manual_seed(17)
+    sizes = {"D": config["hidden_size"], "2D": 2 * config["hidden_size"], "V": config["vocab_size"]}
+    added = {name.format(n_layers): torch.empty([sizes[axis] for axis in shape]) for name, shape in further.items()}
+    for name, tensor in tensors.items():
+        if f".layers.{n_layers - 1}." in name:
+            added[prefix.format(n_layers) + name.partition(f".layers.{n_layers - 1}.")[2]] = tensor
+    for name, tensor in added.items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        added[name] = noise * (1.5 / tensor.shape[-1] ** 0.5) if tensor.ndim >= 2 else _vector(name, tensor, noise)
+    if not has_own_tables:
+        tables = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+        added |= {f"{prefix.format(n_layers)}{name}": tensors[of_model].clone() for name, of_model in tables.items()}
+    save_file({**tensors, **added}, path)
+    if count is not None:
+        whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        whole.get("text_config", whole)[count] = 1
+        (folder / "config.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+
+
+def _vector(name: str, tensor: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Random values of a norm or of a bias."""
+    is_norm = "norm" in name
+    center = 0.0 if not is_norm or name.startswith("mtp.") else 1.0  # there 1 + w multiplies
+    return center + (0.2 if is_norm else 0.3) * noise
+
+
+_BEHIND = "model.layers.{}."
+_OF_GLM: tuple[str, Mapping[str, tuple[str, ...]], str | None] = (
+    _BEHIND,
+    {
+        f"{_BEHIND}eh_proj.weight": ("D", "2D"),
+        f"{_BEHIND}enorm.weight": ("D",),
+        f"{_BEHIND}hnorm.weight": ("D",),
+        f"{_BEHIND}shared_head.norm.weight": ("D",),
+        f"{_BEHIND}shared_head.head.weight": ("V", "D"),
+        f"{_BEHIND}embed_tokens.weight": ("V", "D"),
+    },
+    "num_nextn_predict_layers",
+)
+_OF_QWEN: Mapping[str, tuple[str, ...]] = {
+    "mtp.fc.weight": ("D", "2D"),
+    "mtp.norm.weight": ("D",),
+    "mtp.pre_fc_norm_embedding.weight": ("D",),
+    "mtp.pre_fc_norm_hidden.weight": ("D",),
+}
+_MTP: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]], str | None]] = {
+    "glm4_moe": _OF_GLM,
+    "glm4_moe_lite": _OF_GLM,
+    "deepseek_v3": _OF_GLM,
+    "qwen3_5_moe_text": ("mtp.layers.0.", _OF_QWEN, "mtp_num_hidden_layers"),
+    "qwen3_next": ("mtp.layers.0.", _OF_QWEN, None),
+}
+"""By family: the beginning of the names, the further tensors with their sizes, and the setting of the number."""

@@ -106,7 +106,7 @@ def compare_weights(
     written = expected.spec.written
     for tensor in written.tensors:
         comparison.add_tensor(tensor, None, stored_type, _rows(expected, found, tensor, n_tokens))
-    for index, layer in enumerate(written.layers):
+    for index, layer in enumerate(written.blocks):
         for tensor in layer.tensors:
             comparison.add_tensor(tensor, index, stored_type, _units(expected, found, tensor, index))
         if progress is not None:
@@ -129,7 +129,7 @@ def _rows(expected: Student, found: Student, tensor: TensorSpec, n_tokens: int |
 def _units(expected: Student, found: Student, tensor: TensorSpec, layer: int | None) -> _Units:
     role = tensor.role
     if layer is not None and expected.spec.tensor(role, layer).is_per_expert:
-        for expert in range(expected.spec.layers[layer].n_experts):
+        for expert in range(expected.spec.blocks[layer].n_experts):
             values = (expected.expert(role, layer, expert).float(), found.expert(role, layer, expert).float())
             yield Unit(role, layer, expert), [_matrices(*values)]
         return
@@ -147,7 +147,7 @@ def _units(expected: Student, found: Student, tensor: TensorSpec, layer: int | N
 
 def _parts(wanted: torch.Tensor, its: torch.Tensor, tensor: TensorSpec, student: Student, layer: int | None) -> _Units:
     """The parts of a tensor as files hold them, each of which may have a type of its own."""
-    sizes = {} if layer is None else student.spec.layers[layer].sizes
+    sizes = {} if layer is None else student.spec.blocks[layer].sizes
     for number, part in enumerate(tensor.gguf_parts):
         values = (part.transform.write(wanted, sizes), part.transform.write(its, sizes))
         yield Unit(tensor.role, layer, None, part=number), [_matrices(*values)]
@@ -160,7 +160,7 @@ def _matrices(wanted: torch.Tensor, its: torch.Tensor) -> tuple[torch.Tensor, to
 
 def _as_stored(wanted: torch.Tensor, tensor: TensorSpec, student: Student, layer: int | None) -> torch.Tensor:
     """The values that a GGUF file returns: a function that was applied to them may round, as may its inverse."""
-    sizes = {} if layer is None else student.spec.layers[layer].sizes
+    sizes = {} if layer is None else student.spec.blocks[layer].sizes
     stored = torch.empty_like(wanted)
     for part in tensor.gguf_parts:
         part.transform.read(part.transform.write(wanted, sizes), stored, sizes)

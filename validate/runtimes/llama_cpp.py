@@ -228,7 +228,7 @@ class _Session:
         start_runtime()
         self._model = _load_model(path, gpu_layers)
         architecture = _metadata(self._model, "general.architecture")
-        self.n_layers = int(_metadata(self._model, f"{architecture}.block_count") or 0)
+        self.n_layers = int(api.llama_model_n_layer(self._model))  # without those that predict further tokens
         self.has_experts = int(_metadata(self._model, f"{architecture}.expert_count") or 0) > 0
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, min(n_batch, _PHYSICAL_BATCH)

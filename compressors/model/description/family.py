@@ -12,7 +12,7 @@ from compressors.model.description.tensors import TensorSpec
 if TYPE_CHECKING:
     from compressors.model.config.gguf_keys import GgufKeys
     from compressors.model.config.settings import Settings
-    from compressors.model.description.spec import ModelSpec
+    from compressors.model.description.spec import LayerSpec, ModelSpec
 
 __all__ = ["ConfigValues", "DenseForm", "Family", "GgufFamily", "GgufValue", "SkippedPart"]
 
@@ -106,6 +106,9 @@ class Family:
             in ``text_config``; None: there are no such models.
         prefixes: the beginnings of tensor names in such models, in place of ``model.``.
         refusal: says which part of a model transformers' class cannot have; None: none.
+        mtp: describes the layer for predicting one more token that checkpoints have behind the decoder layers, as
+            llama.cpp runs it (``LLM_GRAPH_TYPE_DECODER_MTP``); None: there is none that it runs.
+        why_no_mtp: says why llama.cpp cannot use such layers of the checkpoints; None: it can, or they have none.
     """
 
     model_type: str
@@ -119,3 +122,5 @@ class Family:
     whole_model_type: str | None = None
     prefixes: tuple[str, ...] = ()
     refusal: Callable[[ModelSpec], str | None] = lambda _spec: None
+    mtp: Callable[[ModelSpec], LayerSpec] | None = None
+    why_no_mtp: str | None = None

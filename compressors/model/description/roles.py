@@ -73,6 +73,13 @@ class Role(StrEnum):
     DENSE_UP = "feed-forward's up"  # [F, D]
     DENSE_DOWN = "feed-forward's down"  # [D, F]
     LAYER_SCALE = "layer's scale"  # [1], multiplies the hidden state that leaves the layer
+    # of a layer that predicts one more token (MTP), beside those that a decoder layer has:
+    MTP_PROJECTION = "MTP projection"  # [D, 2D], of the next token's embedding and the hidden state, each normed
+    MTP_EMBEDDING_NORM = "MTP norm of the embedding"  # [D]
+    MTP_STATE_NORM = "MTP norm of the hidden state"  # [D]
+    MTP_OUTPUT_NORM = "MTP output norm"  # [D], in front of the head
+    MTP_EMBEDDING = "MTP embedding"  # [V, D]; without it, the model's
+    MTP_HEAD = "MTP head"  # [V, D]; without it, the model's
     ROPE_FACTORS = "rope factors"  # in GGUF files only: made from the rotary embedding
 
     @property
@@ -86,6 +93,11 @@ class Role(StrEnum):
         return self in _GLOBAL_ROLES
 
     @property
+    def is_of_mtp(self) -> bool:
+        """True if a layer that predicts one more token has the tensor, and no decoder layer."""
+        return self in _MTP_ROLES
+
+    @property
     def is_feed_forward(self) -> bool:
         """True if the tensor goes when a layer loses its feed-forward; a layer's other tensors are the mixer's."""
         return self in _FEED_FORWARD_ROLES
@@ -93,6 +105,16 @@ class Role(StrEnum):
 
 _EXPERT_ROLES = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
 _GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD, Role.ROPE_FACTORS})
+_MTP_ROLES = frozenset(
+    {
+        Role.MTP_PROJECTION,
+        Role.MTP_EMBEDDING_NORM,
+        Role.MTP_STATE_NORM,
+        Role.MTP_OUTPUT_NORM,
+        Role.MTP_EMBEDDING,
+        Role.MTP_HEAD,
+    }
+)
 _FEED_FORWARD_ROLES = _EXPERT_ROLES | {
     Role.MOE_NORM,
     Role.MOE_OUTPUT_NORM,

@@ -204,6 +204,8 @@ class ModelSpec:
         embedding_scale: a factor of the embedding's rows where they enter the first layer.
         logit_divisor: logits are divided by it.
         logit_cap: a limit c of logits x, which become c tanh(x / c); None: there is none.
+        mtp: a layer behind the decoder layers that predicts one more token (multi-token prediction), of which nothing
+            else depends; None: there is none, or it is left out.
     """
 
     family: Family
@@ -220,6 +222,7 @@ class ModelSpec:
     embedding_scale: float = 1.0
     logit_divisor: float = 1.0
     logit_cap: float | None = None
+    mtp: LayerSpec | None = None
 
     @property
     def model_type(self) -> str:
@@ -230,6 +233,11 @@ class ModelSpec:
     def n_layers(self) -> int:
         """L."""
         return len(self.layers)
+
+    @property
+    def blocks(self) -> tuple[LayerSpec, ...]:
+        """The layers as files number them: the decoder layers, and behind them the one that predicts one more token."""
+        return self.layers if self.mtp is None else (*self.layers, self.mtp)
 
     @property
     def n_experts(self) -> int:
@@ -266,23 +274,28 @@ class ModelSpec:
     @property
     def is_uniform(self) -> bool:
         """True if no layer has lost its feed-forward, and all layers with experts have equal numbers and widths."""
-        sizes = {layer.moe for layer in self.layers if layer.routed is not None}
+        sizes = {layer.moe for layer in self.blocks if layer.routed is not None}
         return len(sizes) == 1 and not any(layer.lost_modules for layer in self.layers)
 
-    def with_sizes(self, sizes: Sequence[MoeSize], sources: Sequence[int] | None = None) -> ModelSpec:
+    def with_sizes(
+        self, sizes: Sequence[MoeSize], sources: Sequence[int] | None = None, mtp: MoeSize | None = None
+    ) -> ModelSpec:
         """The model with experts of other sizes.
 
         Args:
             sizes: the size of the experts in each layer of the result.
             sources: the layer of this model that each comes from; None: the first ones.
+            mtp: the size of those in the layer that predicts one more token; None: the result has no such layer.
         """
         kept = range(len(sizes)) if sources is None else sources
         layers = [self.layers[source].resized(size) for source, size in zip(kept, sizes, strict=True)]
-        return replace(self, layers=tuple(layers))
+        block = None if mtp is None or self.mtp is None else self.mtp.resized(mtp)
+        return replace(self, layers=tuple(layers), mtp=block)
 
     def with_experts(self, n_experts: int) -> ModelSpec:
         """The model with another number of experts in every layer that has some."""
-        return self.with_sizes([replace(layer.moe, n_experts=n_experts) for layer in self.layers])
+        sizes = [replace(layer.moe, n_experts=n_experts) for layer in self.blocks]
+        return self.with_sizes(sizes[: self.n_layers], mtp=sizes[-1])
 
     @property
     def places(self) -> Iterator[tuple[TensorSpec, int | None]]:
@@ -293,18 +306,26 @@ class ModelSpec:
             for tensor in layer.tensors:
                 yield tensor, index
 
+    @property
+    def file_places(self) -> Iterator[tuple[TensorSpec, int | None]]:
+        """Yields :attr:`places`, and those of the layer that predicts one more token, which some files hold too."""
+        yield from self.places
+        if self.mtp is not None:
+            for tensor in self.mtp.tensors:
+                yield tensor, self.n_layers
+
     def tensor(self, role: Role, layer: int | None = None) -> TensorSpec:
         """The tensor of a role.
 
         Raises:
             KeyError: the model has none there.
         """
-        return self._by_role[role] if layer is None else self.layers[layer].tensor(role)
+        return self._by_role[role] if layer is None else self.blocks[layer].tensor(role)
 
     def dimensions(self, role: Role, layer: int | None = None) -> tuple[int, ...]:
         """The shape of a tensor, or of one expert's tensor if each has one."""
         if layer is not None:
-            return self.layers[layer].dimensions(self.layers[layer].tensor(role))
+            return self.blocks[layer].dimensions(self.blocks[layer].tensor(role))
         sizes = {"D": self.hidden_size, "V": self.vocab_size}
         return tuple(sizes[letter] for letter in self.tensor(role).shape)
 
@@ -320,7 +341,7 @@ class ModelSpec:
         """The different sizes of layers, for messages: ``16 experts of width 128, 12 experts of width 96``."""
         sizes = (
             f"{size.n_experts} experts of width {size.expert_width}" if size != NO_MOE else "no experts"
-            for size in (layer.moe for layer in self.layers)
+            for size in (layer.moe for layer in self.blocks)
         )
         return ", ".join(dict.fromkeys(sizes))
 

@@ -161,4 +161,5 @@ FAMILY = Family(
     settings=_settings,
     gguf=GgufFamily("ernie4_5-moe", _keys, _refusal, settings=_from_gguf),
     skipped=(_MTP,),
+    why_no_mtp="llama.cpp's ernie4_5-moe graph has no layer for MTP",
 )

@@ -122,4 +122,5 @@ FAMILY = Family(
     settings=_settings,
     gguf=GgufFamily("exaone-moe", _keys, _refusal, takes_rope_factors=True, absent=_absent_keys, settings=_from_gguf),
     skipped=(SkippedPart(r"mtp\..*", "layers for predicting several tokens at once (MTP)"),),
+    why_no_mtp="llama.cpp's exaone-moe graph loads a layer for MTP and never runs it",
 )

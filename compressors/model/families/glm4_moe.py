@@ -97,4 +97,5 @@ FAMILY = Family(
     settings=_settings,
     gguf=GgufFamily("glm4moe", _keys, absent=expert_layers.absent_keys, settings=_from_gguf),
     skipped=(expert_layers.MTP,),
+    mtp=expert_layers.mtp,
 )

@@ -70,4 +70,5 @@ FAMILY = Family(
     settings=_settings,
     gguf=GgufFamily("deepseek2", latent.gguf_keys, latent.gguf_refusal, scales_attention=True),
     skipped=(expert_layers.MTP,),
+    mtp=expert_layers.mtp,
 )

@@ -355,4 +355,5 @@ FAMILY = Family(
     settings=_settings,
     gguf=GgufFamily("nemotron_h_moe", _keys, _refusal, mixes_layers=True, settings=_from_gguf),
     skipped=(SkippedPart(r"mtp\..*", "layers for predicting several tokens at once (MTP)"),),
+    why_no_mtp="the layer for MTP of this family is two of transformers' layers, which is not supported yet",
 )

@@ -61,4 +61,5 @@ FAMILY = Family(
     settings=_settings,
     gguf=GgufFamily("qwen3next", gated_delta.gguf_keys, gated_delta.refusal, settings=_from_gguf),
     skipped=(gated_delta.MTP,),
+    mtp=gated_delta.mtp,
 )

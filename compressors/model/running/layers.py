@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from compressors.model.description.roles import Role
+from compressors.model.description.tensors import Kind
 from compressors.model.errors import InputError
 from compressors.model.sources.student import Student
 
@@ -26,7 +27,7 @@ class LayerWeights:
 
 def layer_bytes(student: Student) -> int:
     """Bytes of the largest decoder layer in storage dtype."""
-    return max(layer.parameters for layer in student.spec.layers) * student.expert_dtype.itemsize
+    return max(layer.parameters for layer in student.spec.blocks) * student.expert_dtype.itemsize
 
 
 class LayerReader:
@@ -86,19 +87,19 @@ class LayerReader:
 
     def _new_buffer(self) -> tuple[torch.Tensor, torch.Tensor]:
         spec, dtype = self._student.spec, self._student.expert_dtype
-        n_gate_up = max(layer.n_experts * layer.expert_input_rows * layer.hidden_size for layer in spec.layers)
-        n_down = max(layer.n_experts * layer.expert_width * layer.hidden_size for layer in spec.layers)
+        n_gate_up = max(layer.n_experts * layer.expert_input_rows * layer.hidden_size for layer in spec.blocks)
+        n_down = max(layer.n_experts * layer.expert_width * layer.hidden_size for layer in spec.blocks)
         return torch.empty(n_gate_up, dtype=dtype), torch.empty(n_down, dtype=dtype)
 
     def _fill(self, buffer: tuple[torch.Tensor, torch.Tensor], index: int) -> LayerWeights:
-        student, layer = self._student, self._student.spec.layers[index]
+        student, layer = self._student, self._student.spec.blocks[index]
         n_experts, width, hidden_size = layer.n_experts, layer.expert_width, layer.hidden_size
         rows = layer.expert_input_rows
         weights = LayerWeights(
             buffer[0][: n_experts * rows * hidden_size].view(n_experts, rows, hidden_size),
             buffer[1][: n_experts * width * hidden_size].view(n_experts, hidden_size, width),
         )
-        for tensor in layer.shared_tensors:
+        for tensor in (tensor for tensor in layer.shared_tensors if tensor.kind is not Kind.TABLE):
             weights.others[tensor.role] = student.tensor(tensor.role, index)
             self._check(weights.others[tensor.role], tensor.role, index)
         for expert in range(n_experts):

@@ -76,9 +76,9 @@ def positions_at_once(vocab_size: int) -> int:
 
 def working_bytes(spec: ModelSpec) -> int:
     """Memory for computing one layer beside weights and hidden states: activations, and one expert in float32."""
-    width = max(spec.hidden_size, *(_state_width(layer) for layer in spec.layers))
+    width = max(spec.hidden_size, *(_state_width(layer) for layer in spec.blocks))
     activations = blocks_at_once(StorageType.F32) * _BLOCK_TOKENS * width * 4 * _ACTIVATIONS
-    return activations + 4 * max(layer.expert_parameters for layer in spec.layers)
+    return activations + 4 * max(layer.expert_parameters for layer in spec.blocks)
 
 
 def _state_width(layer: LayerSpec) -> int:

@@ -34,7 +34,7 @@ def not_finite_error(
         rows_BTD: the states that gave such values.
         run: runs the layer.
     """
-    routed = student.spec.layers[index].routed
+    routed = student.spec.blocks[index].routed
     makers: list[str] = []
 
     def watch_router(_router: nn.Module, inputs: tuple[torch.Tensor, ...], _outputs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -15,8 +16,11 @@ from torch import nn
 from compressors.model.config.reading import language_model_config, transformers_config
 from compressors.model.description.gate_order import gates_first
 from compressors.model.description.mixers import GroupedQuery, Mamba2
+from compressors.model.description.mtp import MTP_MODULES
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec, MoeSize
+from compressors.model.description.tensors import Kind
+from compressors.model.errors import UnsupportedError
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.running.layers import LayerWeights
 
@@ -48,24 +52,27 @@ class Skeleton:
                 config, dtype=torch.float32, experts_implementation=GROUPED_EXPERTS
             )
         self.is_causal_by_itself: bool = model.config._attn_implementation == "sdpa"  # eager attention needs a mask
+        self._like = [*range(spec.n_layers), *([] if spec.mtp is None else [_layer_like(spec.mtp, spec)])]
+        self.final_norm: nn.Module = model.get_submodule(spec.tensor(Role.FINAL_NORM).submodule).eval()
         self.layers = [self._fitted(layer, index, model.config) for index, layer in enumerate(model.model.layers)]
+        if spec.mtp is not None:
+            self.layers.append(self._mtp_layer(model))
         self.rotary = _rotary(model.model, config)
         has_kinds = self.rotary is not None and _LAYER_TYPE in inspect.signature(self.rotary.forward).parameters
         self._rotary_kinds: Sequence[str] | None = model.config.layer_types if has_kinds else None
-        self.final_norm: nn.Module = model.get_submodule(spec.tensor(Role.FINAL_NORM).submodule).eval()
 
     def position_embeddings(self, index: int, hidden_BTD: torch.Tensor, positions_1T: torch.Tensor) -> Any:
         """The cosines and sines that a layer turns by, of the dtype and on the device of the hidden states; or None."""
         if self.rotary is None:
             return None
-        kind = {} if self._rotary_kinds is None else {_LAYER_TYPE: self._rotary_kinds[index]}
+        kind = {} if self._rotary_kinds is None else {_LAYER_TYPE: self._rotary_kinds[self._like[index]]}
         return self.rotary(hidden_BTD, positions_1T, **kind)
 
     def state(
         self, index: int, weights: LayerWeights, dtype: torch.dtype, device: torch.device
     ) -> dict[str, torch.Tensor]:
         """A layer's weights by their names in its module; experts stay in storage dtype, routers are float32."""
-        layer = self._spec.layers[index]
+        layer = self._spec.blocks[index]
         named = {}
         for role, tensor in weights.others.items():
             described = layer.tensor(role)
@@ -88,13 +95,13 @@ class Skeleton:
 
     def _fitted(self, module: nn.Module, index: int, config: Any) -> nn.Module:
         """Returns the layer with its own sizes where layers differ; modules that it has lost add nothing."""
-        spec, layer = self._spec, self._spec.layers[index]
+        spec, layer = self._spec, self._spec.blocks[index]
         if layer.routed is not None and layer.moe != MoeSize(spec.n_experts, spec.expert_width):
             alike = self._config(replace(spec, layers=tuple(_with_experts_of(layer, each) for each in spec.layers)))
             alike._attn_implementation = config._attn_implementation
             alike._experts_implementation = config._experts_implementation
             with torch.device("meta"):
-                module = type(module)(alike, index)
+                module = type(module)(alike, self._like[index])
         if isinstance(layer.mixer, Mamba2):
             rule = layer.tensor(Role.MIXER_INPUT).submodule.rpartition(".")[0]
             module.get_submodule(rule).time_step_limit = _NO_LIMIT  # type: ignore[assignment]
@@ -105,6 +112,32 @@ class Skeleton:
         for lost in layer.lost_modules:
             module.set_submodule(lost.name, _Nothing(lost.n_outputs))
         return module.eval()
+
+    def _mtp_layer(self, model: Any) -> nn.Module:
+        """The layer that predicts one more token: like a decoder layer, with the modules of :data:`MTP_MODULES`."""
+        index, size = self._spec.n_layers, self._spec.hidden_size
+        like = self._like[index]
+        with torch.device("meta"):
+            module = type(model.model.layers[like])(model.config, like)
+            module.add_module(MTP_MODULES[Role.MTP_PROJECTION], nn.Linear(2 * size, size, bias=False))
+        for role in (Role.MTP_EMBEDDING_NORM, Role.MTP_STATE_NORM, Role.MTP_OUTPUT_NORM):
+            module.add_module(MTP_MODULES[role], copy.deepcopy(self.final_norm))
+        return self._fitted(module, index, model.config)
+
+
+def _layer_like(mtp: LayerSpec, spec: ModelSpec) -> int:
+    """The last decoder layer of the same kind as the layer that predicts one more token.
+
+    Raises:
+        UnsupportedError: the student has lost all of them.
+    """
+    kind = (mtp.mixer, mtp.routed is None)
+    alike = [index for index, layer in enumerate(spec.layers) if (layer.mixer, layer.routed is None) == kind]
+    if not alike:
+        raise UnsupportedError(
+            "no layer is left of the kind of the MTP layer: leave --keep-mtp out, or keep such layers"
+        )
+    return alike[-1]
 
 
 def _keep_windows(config: Any, spec: ModelSpec) -> None:
@@ -152,7 +185,7 @@ class _Nothing(nn.Module):
 
 def _fit_shapes(module: nn.Module, layer: LayerSpec) -> None:
     """Gives tensors their own shapes where transformers' class has one setting for the sizes of several."""
-    for tensor in layer.shared_tensors:
+    for tensor in (tensor for tensor in layer.shared_tensors if tensor.kind is not Kind.TABLE):
         owner, name = module.get_submodule(tensor.submodule), tensor.in_layer.rpartition(".")[2]
         shape = layer.dimensions(tensor)
         if tuple(getattr(owner, name).shape) != shape:

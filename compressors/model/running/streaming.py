@@ -132,8 +132,8 @@ class StreamedModel:
         module.load_state_dict(self._skeleton.state(index, weights, dtype, self.device), assign=True, strict=True)
         module.requires_grad_(False)
         try:
-            if self.choice is not None and self.spec.layers[index].routed is not None:
-                with choosing(self.choice, self.spec.layers[index], index, module):
+            if self.choice is not None and self.spec.blocks[index].routed is not None:
+                with choosing(self.choice, self.spec.blocks[index], index, module):
                     yield module
             else:
                 yield module
@@ -161,7 +161,7 @@ class StreamedModel:
 
     def _mask(self, layer: nn.Module, hidden_BTD: torch.Tensor, first_position: int) -> torch.Tensor | None:
         """The mask of a layer; None where it is causal by itself and reaches back over everything."""
-        mixer, n_new = self.spec.layers[self._indices[layer]].mixer, hidden_BTD.shape[1]
+        mixer, n_new = self.spec.blocks[self._indices[layer]].mixer, hidden_BTD.shape[1]
         if not mixer.cached_values:  # it does not look at positions
             return None
         is_short = mixer.window is None or first_position + n_new <= mixer.window
@@ -281,8 +281,6 @@ class StreamedModel:
         if self._reader is not None:
             self._reader.release()  # makes room for the head
         matrix_VD = self._read_head(dtype)
-        self._skeleton.final_norm.load_state_dict({"weight": self._final_norm_weight.to(dtype)}, assign=True)
-        self._skeleton.final_norm.requires_grad_(False)
         divisor, cap = self.spec.logit_divisor, self.spec.logit_cap
 
         def logits_of(states_ND: torch.Tensor) -> torch.Tensor:
@@ -293,8 +291,11 @@ class StreamedModel:
         yield logits_of
 
     def head_inputs(self, states_ND: torch.Tensor) -> torch.Tensor:
-        """The inputs of the head: the states after the last layer, normed. Call it inside :meth:`head` only."""
-        return self._final_norm(states_ND)
+        """The inputs of the head: the states after the last layer, normed."""
+        norm, trained = self._skeleton.final_norm, self.trainable.get((Role.FINAL_NORM, None))
+        weight = self._final_norm_weight if trained is None else trained
+        output: torch.Tensor = functional_call(norm, {"weight": weight.to(states_ND.dtype)}, states_ND)
+        return output
 
     def release(self) -> None:
         """Drops all weights; another pass reads them again, and decides again where weights and states lie."""
@@ -325,12 +326,6 @@ class StreamedModel:
                 name = self.spec.tensor(role, layer).in_layer
                 found[name] = scaled(module.get_parameter(name), factors_RK).to(dtype)
         return found
-
-    def _final_norm(self, states_ND: torch.Tensor) -> torch.Tensor:
-        norm, trained = self._skeleton.final_norm, self.trainable.get((Role.FINAL_NORM, None))
-        weights = {} if trained is None else {"weight": trained.to(states_ND.dtype)}
-        output: torch.Tensor = functional_call(norm, weights, states_ND)
-        return output
 
     def _embedded(self, tokens_BT: torch.Tensor, states: HiddenStates) -> HiddenStates:
         for blocks in states.groups(blocks_at_once(states.dtype)):

@@ -59,7 +59,7 @@ class GgufWeights:
         self._spec = spec
         self._values = ReplacedValues({})
         self._parts = {
-            (tensor.role, layer): self._checked_parts(tensor, layer) for tensor, layer in spec.written.places
+            (tensor.role, layer): self._checked_parts(tensor, layer) for tensor, layer in spec.written.file_places
         }
 
     @property
@@ -216,7 +216,7 @@ class GgufWeights:
             put_scales(rows_RY, entry.ggml_type, values[rows])
 
     def _sizes(self, layer: int | None) -> Mapping[str, int]:
-        return {} if layer is None else self._spec.layers[layer].sizes
+        return {} if layer is None else self._spec.blocks[layer].sizes
 
     def _has_same_rows(self, layer: int | None, parts: Sequence[_Part]) -> bool:
         """True if the rows of the file are the tensor's, perhaps with some in another order."""
@@ -260,7 +260,7 @@ class GgufWeights:
         for gguf in tensor.gguf_parts:
             expected = gguf.transform.shape(dimensions, self._sizes(layer))
             if tensor.is_per_expert and layer is not None:
-                expected = (self._spec.layers[layer].n_experts, *expected)
+                expected = (self._spec.blocks[layer].n_experts, *expected)
             parts.append(_Part(self._checked_entry(gguf.name.format(layer=layer), expected), gguf.transform))
         return tuple(parts)
 

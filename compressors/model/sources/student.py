@@ -51,21 +51,35 @@ class ExpertMap:
 
     n_teacher_experts: int
     layers: tuple[LayerMap, ...]
+    mtp: LayerMap | None = None  # of the layer that predicts one more token; its source is behind the teacher's layers
 
     @classmethod
     def identity(cls, spec: ModelSpec) -> ExpertMap:
         """Keeps everything."""
-        return cls.keeping(spec.n_experts, [range(layer.n_experts) for layer in spec.layers])
+        return cls.keeping(spec.n_experts, [range(layer.n_experts) for layer in spec.blocks], n_layers=spec.n_layers)
 
     @classmethod
-    def keeping(cls, n_teacher_experts: int, kept: Sequence[Sequence[int]]) -> ExpertMap:
-        """Keeps all layers, and these experts of each."""
+    def keeping(cls, n_teacher_experts: int, kept: Sequence[Sequence[int]], n_layers: int | None = None) -> ExpertMap:
+        """Keeps all layers, and these experts of each.
+
+        Args:
+            n_teacher_experts: the number of the teacher's experts.
+            kept: the experts that stay, by layer.
+            n_layers: the number of decoder layers, behind which one more token is predicted; None: all are such.
+        """
         layers = [LayerMap(layer, tuple((expert,) for expert in experts)) for layer, experts in enumerate(kept)]
-        return cls(n_teacher_experts, tuple(layers))
+        behind = layers[len(layers) if n_layers is None else n_layers :]
+        return cls(n_teacher_experts, tuple(layers[: len(layers) - len(behind)]), *behind)
+
+    @property
+    def blocks(self) -> tuple[LayerMap, ...]:
+        """All layers in the order of files (:attr:`ModelSpec.blocks`)."""
+        return self.layers if self.mtp is None else (*self.layers, self.mtp)
 
     def of_itself(self) -> ExpertMap:
         """Returns the map from the student to itself, which keeps all experts."""
-        return ExpertMap.keeping(self.n_teacher_experts, [range(len(layer.groups)) for layer in self.layers])
+        kept = [range(len(layer.groups)) for layer in self.blocks]
+        return ExpertMap.keeping(self.n_teacher_experts, kept, len(self.layers))
 
     @property
     def kept(self) -> tuple[tuple[int, ...], ...]:
@@ -83,23 +97,26 @@ class ExpertMap:
             raise ValueError(f"the map is for {len(sources)} layers of {self.n_teacher_experts} experts")
         if sources != sorted(set(sources)) or not set(sources) <= set(range(spec.n_layers)):
             raise ValueError(f"the map names the layers {sources}")
-        for layer in self.layers:
+        if self.mtp is not None and (spec.mtp is None or self.mtp.source != spec.n_layers or not self.mtp.groups):
+            raise ValueError(f"the map has a layer for MTP, {self.mtp.source}, which the model has not")
+        for layer in self.blocks:
             members = [expert for group in layer.groups for expert in group]
             if () in layer.groups or len(set(members)) < len(members) or not set(members) <= set(range(spec.n_experts)):
                 raise ValueError(f"layer {layer.source} keeps the experts {[list(group) for group in layer.groups]}")
-            widest = spec.layers[layer.source].expert_width * (len(members) if len(layer.groups) == 1 else 1)
+            widest = spec.blocks[layer.source].expert_width * (len(members) if len(layer.groups) == 1 else 1)
             if layer.width is not None and not 1 <= layer.width <= widest:
                 raise ValueError(f"layer {layer.source} has experts of width {layer.width}")
 
     def spec_of(self, teacher: ModelSpec) -> ModelSpec:
         """The student's description."""
         sizes = [
-            MoeSize(len(layer.groups), layer.width or teacher.layers[layer.source].expert_width)
+            MoeSize(len(layer.groups), layer.width or teacher.blocks[layer.source].expert_width)
             if layer.groups
             else NO_MOE
-            for layer in self.layers
+            for layer in self.blocks
         ]
-        return teacher.with_sizes(sizes, [layer.source for layer in self.layers])
+        of_mtp = None if self.mtp is None else sizes.pop()
+        return teacher.with_sizes(sizes, [layer.source for layer in self.layers], of_mtp)
 
     def student_of(self, layer: int) -> torch.Tensor:
         """int64 [teacher experts]: the student's expert that stands for each teacher expert, -1 for a dropped one."""
@@ -114,18 +131,20 @@ class ExpertMap:
         """Plain data for a JSON or YAML file."""
         layers = [
             {"source": layer.source, "groups": [list(group) for group in layer.groups], "width": layer.width}
-            for layer in self.layers
+            for layer in self.blocks
         ]
-        return {"teacher_experts": self.n_teacher_experts, "layers": layers}
+        mtp = {} if self.mtp is None else {"mtp": layers.pop()}
+        return {"teacher_experts": self.n_teacher_experts, "layers": layers, **mtp}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ExpertMap:
         """The inverse of :meth:`to_json`."""
         layers = [
             LayerMap(int(layer["source"]), tuple(map(tuple, layer["groups"])), layer["width"])
-            for layer in data["layers"]
+            for layer in (*data["layers"], *([data["mtp"]] if "mtp" in data else []))
         ]
-        return cls(int(data["teacher_experts"]), tuple(layers))
+        mtp = layers.pop() if "mtp" in data else None
+        return cls(int(data["teacher_experts"]), tuple(layers), mtp)
 
 
 class Student:
@@ -252,7 +271,7 @@ class Student:
         """The names of a role's tensors in a layer: all experts', or the one."""
         if layer is None or not self.spec.tensor(role, layer).is_per_expert:
             return [self.name(role, layer)]
-        return [self.name(role, layer, expert) for expert in range(self.spec.layers[layer].n_experts)]
+        return [self.name(role, layer, expert) for expert in range(self.spec.blocks[layer].n_experts)]
 
     @property
     def expert_dtype(self) -> torch.dtype:
@@ -297,7 +316,7 @@ class _KeptWeights:
             return tensor
         import torch
 
-        return tensor.index_select(axis, torch.tensor(self._experts.layers[layer].kept))
+        return tensor.index_select(axis, torch.tensor(self._experts.blocks[layer].kept))
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
         if self._experts_axis(role, layer) is not None:
@@ -308,7 +327,7 @@ class _KeptWeights:
         return self._source.spec.tensor(role, self._layer(layer)).experts_axis
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
-        came_from = self._experts.layers[layer]
+        came_from = self._experts.blocks[layer]
         self._source.read_expert(role, came_from.source, came_from.kept[expert], out)
 
     def stored_types(self, role: Role, layer: int | None) -> tuple[GGMLQuantizationType, ...]:
@@ -317,10 +336,10 @@ class _KeptWeights:
         return self._source.stored_types(role, self._layer(layer))
 
     def stored_rows(self, role: Role, layer: int | None, part: int, rows: slice, expert: int | None) -> torch.Tensor:
-        came_from = None if layer is None else self._experts.layers[layer]
+        came_from = None if layer is None else self._experts.blocks[layer]
         if came_from is not None and expert is not None:
             expert = came_from.kept[expert]
         return self._source.stored_rows(role, self._layer(layer), part, rows, expert)
 
     def _layer(self, layer: int | None) -> int | None:
-        return None if layer is None else self._experts.layers[layer].source
+        return None if layer is None else self._experts.blocks[layer].source

@@ -21,7 +21,6 @@ import torch
 from compressors.calibration.teacher import by_block
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.predictions.routing_record import RoutingRecord
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.file_names import COST, EVALUATION, GGUF_FILE, HELDOUT_LOG_PROBS, ROUTING
 from exporter.planning.teacher_floor import first_layers
@@ -96,7 +95,7 @@ def _measure_teacher(
     tokens_BT = heldout_BT[chunks]
     folder = context.output / "removed"
     try:
-        teacher = first_layers(open_source(context.plan.source), floor.n_layers)
+        teacher = first_layers(context.plan.open_source(), floor.n_layers)
         is_whole = floor.n_layers == teacher.source.spec.n_layers
         if is_whole:
             reference, routing = _of_calibration(context, chunks, heldout_BT.shape[1])

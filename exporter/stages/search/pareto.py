@@ -8,7 +8,6 @@ from typing import Any
 
 from compressors.model.errors import UnsupportedError
 from compressors.model.predictions.log_probs import LogProbReader
-from compressors.model.sources.opening import open_source
 from exporter.curve.rows import OURS, ParetoRow, RowFile
 from exporter.file_names import HELDOUT_LOG_PROBS, ROWS
 from exporter.searching.curve import ParetoFiles, described_structure
@@ -58,7 +57,7 @@ class _Curve:
         self._files = ParetoFiles(context)
         self._rows = RowFile(context.file(ROWS))
         self._model = plan.recipe.source.model
-        source = open_source(plan.source)
+        source = plan.open_source()
         self._bf16_bytes = predict_file_size(source.spec, source, "BF16", self._model)
         self._heldout_BT = token_blocks(context.work).heldout.numpy()
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from compressors.calibration.statistics import StatisticsCollector, save_statistics
 from compressors.model.running.arithmetic import dtype_of
+from compressors.model.running.mtp import advance_with_mtp
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from exporter.file_names import EXPERT_MAP, OVERLAY, STATISTICS
@@ -27,7 +27,8 @@ def compress(context: StageContext) -> None:
     use_threads(context.plan)
     tokens_BT = token_blocks(context.work).calibration
     layers, changed = _compressed(context, tokens_BT)
-    experts = ExpertMap(context.plan.teacher_spec.n_experts, tuple(layers))
+    mtp = layers.pop() if context.plan.teacher_spec.mtp is not None else None
+    experts = ExpertMap(context.plan.teacher_spec.n_experts, tuple(layers), mtp)
     context.file(EXPERT_MAP).write_text(json.dumps(experts.to_json()), encoding="utf-8")
     if changed:
         _write_statistics(context, tokens_BT)
@@ -36,7 +37,7 @@ def compress(context: StageContext) -> None:
 def _compressed(context: StageContext, tokens_BT: torch.Tensor) -> tuple[list[LayerMap], bool]:
     """Compresses all layers; returns the map of each, and whether any expert is no longer one of the teacher's."""
     plan = context.plan
-    choice, source = plan.recipe.compress, open_source(plan.source)
+    choice, source = plan.recipe.compress, plan.open_source()
     statistics = teacher_statistics(plan, context.work)
     limit, device = memory_limit(context), torch.device(plan.device)
 
@@ -71,11 +72,12 @@ def _write_statistics(context: StageContext, tokens_BT: torch.Tensor) -> None:
     """Writes the new experts' statistics on the calibration text, for the importance of their weights' columns."""
     plan = context.plan
     overlays = OVERLAY.all_within(context.output)
-    student = Student.load(open_source(plan.source), context.file(EXPERT_MAP), overlays)
+    student = Student.load(plan.open_source(), context.file(EXPERT_MAP), overlays)
     collector = StatisticsCollector(student.spec)
     model = StreamedModel(student, limit=memory_limit(context), device=torch.device(plan.device))
     group = TokenGroup(tokens_BT, [collector.observe], dtype_of(plan.recipe.arithmetic))
-    with context.progress.bar("layers", student.spec.n_layers) as advance:
-        for index in model.advance([group], model.first_states([group]), range(student.spec.n_layers)):
+    states = model.first_states([group])
+    with context.progress.bar("layers", len(student.spec.blocks)) as advance:
+        for index in advance_with_mtp(model, [group], states, range(len(student.spec.blocks))):
             save_statistics(collector.take(index), context.file(STATISTICS), index)
             advance(1)

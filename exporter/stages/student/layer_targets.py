@@ -32,12 +32,12 @@ def layer_targets(
     open_teacher: Callable[[], StreamedModel],
     tokens_BT: torch.Tensor,
 ) -> list[LayerTarget]:
-    """Returns the target of each layer that stays.
+    """Returns the target of each layer that stays; the last is that of the layer for MTP, where the teacher has one.
 
     Args:
         choice: the recipe's choice.
         teacher: the source.
-        statistics: the teacher's statistics by layer.
+        statistics: the teacher's statistics by layer, those of the layer for MTP last.
         open_teacher: opens the teacher, if its states are needed.
         tokens_BT: the sample for these states.
 
@@ -50,7 +50,8 @@ def layer_targets(
     dropped = most_similar(similarities, choice.drop_moe_layers, "MoE layers")
     with_moe = [layer for number, layer in enumerate(candidates) if number not in dropped]
     counts = _counts(choice, teacher, [statistics[layer] for layer in with_moe])
-    protected = super_experts(statistics) if choice.protect_super_experts else [frozenset[int]()] * teacher.n_layers
+    decoder_layers = statistics[: teacher.n_layers] if choice.protect_super_experts else ()
+    protected = super_experts(decoder_layers) if choice.protect_super_experts else [frozenset[int]()] * teacher.n_layers
     widths = by_layer(choice.width, len(with_moe), teacher.expert_width)
     targets = {
         layer: LayerTarget(
@@ -60,7 +61,12 @@ def layer_targets(
         )
         for layer, count, width in zip(with_moe, counts, widths, strict=True)
     }
-    return [targets.get(layer, LayerTarget(layer, NO_MOE)) for layer in layers]
+    found = [targets.get(layer, LayerTarget(layer, NO_MOE)) for layer in layers]
+    if teacher.mtp is not None:
+        size = MoeSize(counts[-1], widths[-1])
+        methods = _methods(choice, teacher, size.n_experts, size.expert_width, frozenset())
+        found.append(LayerTarget(teacher.n_layers, size, tuple(methods)))
+    return found
 
 
 def _layers_left(

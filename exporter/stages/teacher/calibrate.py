@@ -13,7 +13,6 @@ from compressors.model.errors import InputError
 from compressors.model.parallel import is_first
 from compressors.model.running.arithmetic import dtype_of
 from compressors.model.sources.hugging_face.finite import check_vocabulary_is_finite
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
 from exporter.file_names import BLOCKS, LAST_WORDS, SUMMARY
 from exporter.stages.inputs import Blocks, memory_limit, use_threads
@@ -32,7 +31,7 @@ def calibrate(context: StageContext) -> None:
     """Writes token blocks, and the teacher's statistics and predictions on them."""
     plan = context.plan
     use_threads(plan)
-    checkpoint = open_source(plan.source)
+    checkpoint = plan.open_source()
     text = plan.recipe.text
     splits = read_splits(plan.calibration, plan.heldout)
     _refuse_changed_inputs(context, checkpoint, splits)
@@ -50,7 +49,7 @@ def calibrate(context: StageContext) -> None:
     dtype = dtype_of(plan.recipe.arithmetic)
     limit, device = memory_limit(context), torch.device(plan.device)
     teacher = TeacherPass(checkpoint, blocks, context.file, dtype, limit, device)
-    with context.progress.bar("layers", checkpoint.spec.n_layers) as advance:
+    with context.progress.bar("layers", len(checkpoint.spec.blocks)) as advance:
         for n_done in teacher.run_layers(Snapshot(context.output / "snapshot")):
             advance(n_done)
     likelihoods = teacher.write_predictions()

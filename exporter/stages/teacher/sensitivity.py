@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from compressors.model.running.arithmetic import dtype_of
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.sensitivity.gathering import gather_sensitivities
 from exporter.estimating.estimate import SENSITIVITY_TOKENS
@@ -24,7 +23,7 @@ def sensitivity(context: StageContext) -> None:
     """
     plan = context.plan
     use_threads(plan)
-    teacher = Student.teacher(open_source(plan.source))
+    teacher = Student.teacher(plan.open_source())
     with context.progress.bar("layers", 2 * teacher.spec.n_layers) as advance:
         gather_sensitivities(
             teacher,

@@ -19,6 +19,7 @@ from compressors.model.predictions.log_probs import LogProbWriter
 from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.mtp import advance_with_mtp
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.source import Source
@@ -78,16 +79,19 @@ class TeacherPass:
 
     def run_layers(self, snapshot: Snapshot) -> Iterator[int]:
         """Runs the layers that are not done yet; yields the numbers of layers that became done."""
-        n_layers = self._model.spec.n_layers
+        n_layers, n_blocks = self._model.spec.n_layers, len(self._model.spec.blocks)
         self._hidden = self._model.first_states(self._groups)
         n_done = self._resumed(snapshot)
         yield n_done
         routing = _RoutingFiles(self._place(ROUTING).parent, self._blocks.heldout, self._model.spec, resumed=n_done > 0)
         inputs = self._layer_inputs(resumed=n_done > 0)
-        for layer in self._model.advance(self._groups, self._hidden, range(n_done, n_layers)):
+        for layer in advance_with_mtp(self._model, self._groups, self._hidden, range(n_done, n_blocks)):
             statistics = self._statistics.take(layer)
             if is_first():
                 save_statistics(statistics, self._place(STATISTICS), layer)
+            if layer == n_layers:  # the one for MTP
+                yield 1
+                continue
             routing.write(layer, self._shares["heldout"], self._recorder.take(layer))
             inputs.keep(layer + 1, self._hidden[0], self._shares["calibration"])
             yield 1

@@ -11,7 +11,6 @@ import torch
 
 from compressors.model.predictions.next_token import draw_tokens
 from compressors.model.running.streaming import StreamedModel
-from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.recover.sampling import cache_bytes, continue_texts
 from exporter.file_names import GENERATION
@@ -26,7 +25,7 @@ def teacher_texts(context: StageContext) -> None:
     """Writes the figures of the teacher's texts, in float32, the reference."""
     plan = context.plan
     use_threads(plan)
-    teacher = Student.teacher(open_source(plan.source))
+    teacher = Student.teacher(plan.open_source())
     model = StreamedModel(teacher, limit=memory_limit(context), device=torch.device(plan.device))
     prompts_PT = prompts_of(token_blocks(context.work).heldout.numpy())
     with context.progress.bar("tokens", 2 * len(prompts_PT) * NEW_TOKENS) as advance:

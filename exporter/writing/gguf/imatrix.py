@@ -119,15 +119,17 @@ def _of_inputs(tensor: PlannedTensor, importance: torch.Tensor, spec: ModelSpec)
 
 def _input_places(tensor: PlannedTensor, n_inputs: int, spec: ModelSpec) -> torch.Tensor | None:
     """The index in the model's tensor of each input of the file's tensor; None if the inputs differ."""
-    sizes = {} if tensor.layer is None else spec.layers[tensor.layer].sizes
+    sizes = {} if tensor.layer is None else spec.blocks[tensor.layer].sizes
     return tensor.transform.inputs(torch.arange(n_inputs), sizes)
 
 
 def _check_layers(path: Path, entries: Mapping[str, _Entry], spec: ModelSpec) -> None:
     for name in entries:
         layer = re.match(r"blk\.(\d+)\.", name)
-        if layer is not None and int(layer[1]) >= spec.n_layers:
-            raise InputError(f"{path} has {shown(name)}, but the model has {spec.n_layers} layers: {_MADE_ELSEWHERE}")
+        if layer is not None and int(layer[1]) >= len(spec.blocks):
+            raise InputError(
+                f"{path} has {shown(name)}, but the model has {len(spec.blocks)} layers: {_MADE_ELSEWHERE}"
+            )
 
 
 def _read_gguf(path: Path) -> dict[str, _Entry]:
@@ -269,7 +271,7 @@ def _values(
     """Yields the sums, then the counts, of each matrix."""
     for tensor in tensors:
         assert tensor.layer is not None
-        came_from = experts.layers[tensor.layer]
+        came_from = experts.blocks[tensor.layer]
         layer = layers[came_from.source]
         kept = list(came_from.kept)
         if not tensor.n_experts:

@@ -9,7 +9,7 @@ from math import prod
 
 from compressors.model.description.gguf_rope import gguf_rope_of
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import ModelSpec, Place
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.description.transforms import SAME, Transform
 from compressors.model.errors import InputError
@@ -50,6 +50,11 @@ class PlannedTensor:
     part: int = 0
     n_experts: int = 0
     values: tuple[float, ...] | None = None
+
+    @property
+    def place(self) -> Place:
+        """The place of the model's tensor."""
+        return self.role, self.layer
 
     @property
     def row_length(self) -> int:
@@ -96,7 +101,7 @@ def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
     for name, values in gguf_rope_of(spec).factors.items():
         factors = PlannedTensor(name, Role.ROPE_FACTORS, None, (len(values),), _F32, None, values=values)
         tensors.append(factors)
-    for index, layer in enumerate(written.layers):
+    for index, layer in enumerate(written.blocks):
         tensors += [tensor for described in layer.tensors for tensor in _parts(described, index, spec)]
     chosen = mixed_types(named, {tensor.name: tensor.shape for tensor in tensors}, MixedModel.of(spec))
     in_mix = [replace(tensor, ggml_type=chosen[tensor.name]) if tensor.is_matrix else tensor for tensor in tensors]
@@ -112,9 +117,9 @@ def _parts(described: TensorSpec, layer: int | None, spec: ModelSpec) -> Iterato
     A dense counterpart's feed-forward is made from the model's only expert.
     """
     dimensions = spec.written.dimensions(described.role, layer)
-    sizes = {} if layer is None else spec.written.layers[layer].sizes
+    sizes = {} if layer is None else spec.written.blocks[layer].sizes
     source = spec.tensor(described.role, layer)
-    n_experts = spec.layers[layer].n_experts if layer is not None and source.is_per_expert else 0
+    n_experts = spec.blocks[layer].n_experts if layer is not None and source.is_per_expert else 0
     for number, part in enumerate(described.gguf_parts):
         shape = part.transform.shape(dimensions, sizes)
         shape = (n_experts, *shape) if described.is_per_expert else shape

@@ -46,9 +46,9 @@ def moe_size_label(spec: ModelSpec) -> str:
     in ``gguf-py/gguf/utility.py``).
     """
     written = spec.written
-    expert = sum(layer.expert_parameters for layer in written.layers if layer.n_experts)
-    shared = written.parameters - written.n_experts * expert
-    return size_label(written.parameters, shared, expert, written.n_experts)
+    expert = sum(layer.expert_parameters for layer in written.blocks if layer.n_experts)
+    total = written.parameters + (0 if written.mtp is None else written.mtp.parameters)
+    return size_label(total, total - written.n_experts * expert, expert, written.n_experts)
 
 
 def gguf_file_name(name: str, spec: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> str:

@@ -108,7 +108,7 @@ class MixedModel:
         n_heads = _first(keys.get(_HEADS, 0))
         n_kv_heads = _first(keys.get(f"{_HEADS}_kv", n_heads))
         n_experts = _first(keys.get("expert_count", 0))
-        return cls(gguf.architecture, spec.n_layers, n_experts, n_heads, n_kv_heads)
+        return cls(gguf.architecture, len(spec.blocks), n_experts, n_heads, n_kv_heads)
 
     @property
     def shares_values(self) -> bool:

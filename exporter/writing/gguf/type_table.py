@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import ModelSpec, Place
 from compressors.model.files.gguf.ggml_types import BLOCK_SIZES
 from compressors.quantize import QUANTIZABLE_TYPES, GGMLQuantizationType
 from compressors.sensitivity import Candidate, Quantizer, UnitPlan, feedback_factor, ggml_quantizer
@@ -56,6 +56,9 @@ def plan_gguf_units(
 ) -> list[UnitPlan]:
     """A unit for each matrix of the model, in the file's order, with those types that fit the rows of all its parts.
 
+    Matrices of the layer for MTP have no part in the divergence that an allocation weighs: they get the types of the
+    last decoder layer of their kind, and are in its units. Its projection keeps the type that the file's mix gives it.
+
     Args:
         spec: the model in the file.
         types: types to choose from.
@@ -68,11 +71,13 @@ def plan_gguf_units(
         UnsupportedError: llama.cpp cannot represent the model.
     """
     matrices = [tensor for tensor in plan_tensors(spec, "F32") if tensor.is_matrix]
+    of_mtp = [tensor for tensor in matrices if tensor.layer == spec.n_layers]
     plans = []
-    for place, of_place in groupby(matrices, key=lambda tensor: (tensor.role, tensor.layer)):
-        parts = list(of_place)
+    for place, of_place in groupby(matrices[: len(matrices) - len(of_mtp)], key=lambda tensor: tensor.place):
+        own_parts = list(of_place)
+        parts = [*own_parts, *(tensor for tensor in of_mtp if _taken_from(tensor, spec) == place)]
         names = tuple(tensor.name for tensor in parts)
-        n_used = sum(weights_of_a_token(spec, tensor) for tensor in parts)
+        n_used = sum(weights_of_a_token(spec, tensor) for tensor in own_parts)
         candidates, own = [], _own_type(stored(*place))
         for ggml_type in types if own is None or own in types else (*types, own):
             if all(tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0 for tensor in parts):
@@ -83,6 +88,19 @@ def plan_gguf_units(
                 candidates.append(Candidate(ggml_type.name, n_bytes, quantize, factor, seconds))
         plans.append(UnitPlan(names[0], names, (place,), tuple(candidates)))
     return plans
+
+
+def _taken_from(tensor: PlannedTensor, spec: ModelSpec) -> Place | None:
+    """The place of the matrix whose type a matrix of the layer for MTP gets; None: it has no such counterpart."""
+    assert spec.mtp is not None
+    if tensor.role in _LIKE_THE_MODELS:
+        role = _LIKE_THE_MODELS[tensor.role]
+        return (Role.TOKEN_EMBEDDING if spec.tied_embeddings else role), None
+    alike = (index for index in reversed(range(spec.n_layers)) if tensor.role in spec.layers[index].roles)
+    return next(((tensor.role, index) for index in alike), None)
+
+
+_LIKE_THE_MODELS = {Role.MTP_EMBEDDING: Role.TOKEN_EMBEDDING, Role.MTP_HEAD: Role.HEAD}
 
 
 def _own_type(stored: Sequence[GGMLQuantizationType]) -> GGMLQuantizationType | None:

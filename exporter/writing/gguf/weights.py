@@ -131,7 +131,7 @@ def _row_slices(student: Student, tensor: PlannedTensor, n_rows: int) -> list[sl
 
 def _sizes(student: Student, tensor: PlannedTensor) -> Mapping[str, int]:
     """The sizes of the tensor's layer by letter."""
-    return {} if tensor.layer is None else student.spec.layers[tensor.layer].sizes
+    return {} if tensor.layer is None else student.spec.blocks[tensor.layer].sizes
 
 
 class _Matrices:
@@ -146,7 +146,8 @@ class _Matrices:
         """Reads rows of one matrix, or of one expert's three; the function that it returns quantizes them."""
         matrices = [self._matrix(rows) for rows in group]
         role, layer = group[0].tensor.role, group[0].tensor.layer
-        if self._feedback is None or not any(matrix.has_codes_to_choose for matrix in matrices):
+        is_behind = layer is not None and layer >= self._student.spec.n_layers  # its inputs are not kept
+        if self._feedback is None or is_behind or not any(matrix.has_codes_to_choose for matrix in matrices):
             return partial(_quantized, matrices, None)
         if group[0].expert is not None:
             assert layer is not None

@@ -14,11 +14,13 @@ from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.description.family import ConfigValues, GgufValue, SkippedPart
 from compressors.model.description.feed_forward import Dense, Routed, Shared
 from compressors.model.description.mixers import Mixer
+from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
 from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
+from compressors.model.families.shared.next_token import mtp_layer
 
 __all__ = [
     "MTP",
@@ -33,6 +35,7 @@ __all__ = [
     "kinds_of_dense",
     "layers",
     "leading_dense",
+    "mtp",
     "settings",
     "settings_beside_attention",
     "tensors",
@@ -43,6 +46,22 @@ MTP = SkippedPart(r"model\.layers\.(?P<layer>\d+)\..*", "layers for predicting s
 
 _N_MTP = ("num_nextn_predict_layers", "num_mtp_layers")
 """Settings of the number of such layers."""
+
+
+def mtp(spec: ModelSpec) -> LayerSpec:
+    """The layer that predicts one more token, behind the decoder layers and numbered like them."""
+    return mtp_layer(spec, _MTP_PREFIX, _MTP_NAMES)
+
+
+_MTP_PREFIX = "model.layers.{layer}."
+_MTP_NAMES = {
+    Role.MTP_PROJECTION: f"{_MTP_PREFIX}eh_proj.weight",
+    Role.MTP_EMBEDDING_NORM: f"{_MTP_PREFIX}enorm.weight",
+    Role.MTP_STATE_NORM: f"{_MTP_PREFIX}hnorm.weight",
+    Role.MTP_OUTPUT_NORM: f"{_MTP_PREFIX}shared_head.norm.weight",
+    Role.MTP_EMBEDDING: f"{_MTP_PREFIX}embed_tokens.weight",
+    Role.MTP_HEAD: f"{_MTP_PREFIX}shared_head.head.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -228,7 +247,7 @@ def settings_beside_attention(
 def edited(
     spec: ModelSpec, config: ConfigValues, *by_layer: str, spelling: Spelling = USUAL, absent: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A ``config.json`` with a student's counts, and without layers for predicting several tokens at once.
+    """A ``config.json`` with a student's counts, and without layers for MTP that the student has not.
 
     Args:
         spec: the student.
@@ -238,7 +257,8 @@ def edited(
         absent: other settings that are dropped.
     """
     counts = (spelling.n_experts, "moe_intermediate_size", spelling.n_shared, "num_experts_per_tok")
-    others = {key: 0 if key in _N_MTP else value for key, value in config.items() if key not in absent}
+    gone = _N_MTP if spec.mtp is None else ()
+    others = {key: 0 if key in gone else value for key, value in config.items() if key not in absent}
     return written_config.moe_edited(spec, others, *counts, *by_layer, other_spelling=spelling.alias)
 
 

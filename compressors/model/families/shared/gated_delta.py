@@ -17,11 +17,12 @@ from compressors.model.description.feed_forward import Routed, Shared
 from compressors.model.description.mixers import GatedDelta, GroupedQuery, OutputGate, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, NormKind, TensorSpec
 from compressors.model.description.transforms import SAME, Chain, NegativeExponential, Squeezed, Transform
 from compressors.model.errors import InputError
 from compressors.model.families.shared import from_gguf, llama_cpp, parts, written_config
+from compressors.model.families.shared.next_token import mtp_layer
 
 __all__ = [
     "DEFAULTS",
@@ -33,6 +34,7 @@ __all__ = [
     "gguf_keys",
     "matrix",
     "model",
+    "mtp",
     "refusal",
     "routed",
     "settings",
@@ -62,6 +64,20 @@ DELTA, GGUF = "model.layers.{layer}.linear_attn.", "blk.{layer}."
 
 _RECURRENT, _ATTENDING = "linear_attention", "full_attention"
 _USUAL_INTERVAL = 4  # transformers' default: every fourth layer attends
+
+
+def mtp(spec: ModelSpec) -> LayerSpec:
+    """The layer that predicts one more token."""
+    return mtp_layer(spec, f"mtp.layers.{_ONLY_ONE}.", _MTP_NAMES, NormKind.ONE_PLUS)
+
+
+_ONLY_ONE = 0  # the number of the layer among its kind: llama.cpp takes no more than one
+_MTP_NAMES = {
+    Role.MTP_PROJECTION: "mtp.fc.weight",
+    Role.MTP_EMBEDDING_NORM: "mtp.pre_fc_norm_embedding.weight",
+    Role.MTP_STATE_NORM: "mtp.pre_fc_norm_hidden.weight",
+    Role.MTP_OUTPUT_NORM: "mtp.norm.weight",
+}
 
 
 def matrix(
@@ -236,14 +252,17 @@ def _mixer_settings(mixer: object) -> dict[str, Any]:
     }
 
 
-_GONE = ("num_local_experts", "full_attention_interval", "mtp_num_hidden_layers")
-"""Settings that a student's list of kinds replaces, or whose part a student lacks."""
+_GONE = ("num_local_experts", "full_attention_interval")
+"""Settings that a student's list of kinds replaces."""
+
+_N_MTP = "mtp_num_hidden_layers"
 
 
 def edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
     """A ``config.json`` with a student's counts and kinds of layers."""
     counts = ("num_experts", "moe_intermediate_size", "num_experts_per_tok", "layer_types")
-    return written_config.moe_edited(spec, {key: value for key, value in config.items() if key not in _GONE}, *counts)
+    gone = _GONE if spec.mtp is not None else (*_GONE, _N_MTP)
+    return written_config.moe_edited(spec, {key: value for key, value in config.items() if key not in gone}, *counts)
 
 
 def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
@@ -262,7 +281,7 @@ def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
         "ssm.group_count": delta.n_key_heads,
         "ssm.time_step_rank": delta.n_value_heads,
         "ssm.inner_size": delta.width,
-        "attention.recurrent_layers": tuple(layer.mixer.is_recurrent for layer in spec.layers),
+        "attention.recurrent_layers": tuple(layer.mixer.is_recurrent for layer in spec.blocks),
     }
 
 

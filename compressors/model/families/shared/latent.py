@@ -18,7 +18,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, TensorSpec
 from compressors.model.description.transforms import HeadMatrices
 from compressors.model.errors import InputError
-from compressors.model.families.shared import expert_layers, from_gguf, parts
+from compressors.model.families.shared import expert_layers, from_gguf, llama_cpp, parts
 
 __all__ = [
     "ROPE",
@@ -176,7 +176,7 @@ def gguf_keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
     mixer, feed_forward = spec.layers[0].mixer, spec.layers[0].feed_forward
     assert isinstance(mixer, Latent) and feed_forward is not None
     keys: dict[str, GgufValue] = {
-        "block_count": spec.n_layers,
+        **llama_cpp.block_count(spec),
         "context_length": spec.context_length,
         "embedding_length": spec.hidden_size,
         "feed_forward_length": feed_forward.width,
@@ -247,6 +247,8 @@ def gguf_refusal(spec: ModelSpec) -> str | None:
             f"graph makes the norms inside attention with rms_norm_eps, {spec.rms_norm_eps:g}, but the model's have "
             f"{mixer.inner_epsilon:g}"
         )
+    if spec.mtp is not None and mixer.query_rank is None:
+        return "graph of an MTP layer makes queries from a vector of q_lora_rank values, which this model has not"
     return None
 
 

@@ -10,6 +10,7 @@ from compressors.model.families.shared.parts import grouped_query
 
 __all__ = [
     "GATING_FUNCTIONS",
+    "block_count",
     "limit_of_square_attention",
     "limit_of_square_queries",
     "limit_of_untied_head",
@@ -21,6 +22,12 @@ __all__ = [
 
 GATING_FUNCTIONS = {Score.SOFTMAX: 1, Score.SIGMOID: 2}
 """``llama_expert_gating_func_type`` in llama.cpp's ``src/llama-hparams.h``."""
+
+
+def block_count(spec: ModelSpec) -> dict[str, GgufValue]:
+    """The keys of the number of layers, of which the last may predict one more token."""
+    behind: dict[str, GgufValue] = {} if spec.mtp is None else {"nextn_predict_layers": 1}
+    return {"block_count": len(spec.blocks), **behind}
 
 
 def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[str, GgufValue]:
@@ -35,7 +42,7 @@ def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[
     mixer, feed_forward = grouped_query(spec), spec.layers[0].feed_forward
     assert feed_forward is not None
     values: dict[str, GgufValue] = {
-        "block_count": spec.n_layers,
+        **block_count(spec),
         "context_length": spec.context_length,
         "embedding_length": spec.hidden_size,
         width_key: feed_forward.width,

@@ -14,7 +14,7 @@ from compressors.model.config.reading import language_model_config, read_spec
 from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
-from compressors.model.description.tensors import TensorSpec
+from compressors.model.description.tensors import Kind, TensorSpec
 from compressors.model.description.transforms import SAME
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
@@ -29,6 +29,7 @@ from compressors.model.sources.hugging_face.float8 import FLOAT8, GIVE_THE_ORIGI
 from compressors.model.sources.hugging_face.foreign_folder import check_folder
 from compressors.model.sources.hugging_face.fused_experts import FusedExperts, Mxfp4Experts
 from compressors.model.sources.hugging_face.misfits import is_classifier, likely_cause, with_prefix
+from compressors.model.sources.hugging_face.mtp_part import MODEL_TABLES, find_mtp, refuse_more_mtp
 from compressors.model.sources.hugging_face.output_head import is_own_head
 from compressors.model.sources.hugging_face.quantized_config import read_float8, read_mxfp4_type
 from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
@@ -52,13 +53,17 @@ class Checkpoint:
     expert, and all experts of a layer fused. Names without ``model.``, from a model saved without its head, are read
     too. Float8 with scales, and experts in MXFP4, are read as the dtype that ``config.json`` names.
 
+    Args:
+        folder: the checkpoint.
+        keeps_mtp: the layer that predicts one more token is a part of the model; else it is read past.
+
     Raises:
         InputError: a file is missing, truncated or not safetensors; a tensor is missing or of the wrong shape or dtype.
         UnsupportedError: the checkpoint is quantized in another way, is not a language model, or has a setting that
             cannot be represented.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, keeps_mtp: bool = False) -> None:
         self.path = folder
         check_folder(folder)
         refuse_unknown_family(folder)
@@ -76,6 +81,8 @@ class Checkpoint:
         self._check_tensors()
         if self._has_own_head():
             self.spec = replace(self.spec, tied_embeddings=False)
+        if keeps_mtp:
+            self._add_mtp()
 
     @property
     def config_path(self) -> Path:
@@ -103,7 +110,7 @@ class Checkpoint:
     @property
     def storage_type(self) -> StorageType:
         """The format of the experts' values."""
-        with_experts = next(index for index, layer in enumerate(self.spec.layers) if layer.n_experts)
+        with_experts = next(index for index, layer in enumerate(self.spec.blocks) if layer.n_experts)
         down = self.spec.tensor(Role.EXPERT_DOWN, with_experts)
         fused = self._fused(down, with_experts)
         return self._storage_type(down.name.format(layer=with_experts, expert=0) if fused is None else fused.main)
@@ -130,7 +137,7 @@ class Checkpoint:
         )
         return as_they_are + sum(
             layer.n_values(tensor) * self._mxfp4_type.itemsize
-            for index, layer in enumerate(self.spec.layers)
+            for index, layer in enumerate(self.spec.blocks)
             for tensor in layer.expert_tensors
             if self._mxfp4_type is not None and isinstance(self._fused(tensor, index), Mxfp4Experts)
         )
@@ -207,13 +214,17 @@ class Checkpoint:
         """Every tensor that the family needs, as (name on disk, shape)."""
         for tensor in self.spec.written.tensors:
             yield tensor.name, self.spec.dimensions(tensor.role)
-        for index, layer in enumerate(self.spec.layers):
-            for tensor in layer.shared_tensors:
-                yield tensor.name.format(layer=index), layer.dimensions(tensor)
-            yield from self._expected_experts(index)
+        for index in range(len(self.spec.blocks)):
+            yield from self._expected_in_layer(index)
+
+    def _expected_in_layer(self, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        layer = self.spec.blocks[index]
+        for tensor in layer.shared_tensors:
+            yield tensor.name.format(layer=index), layer.dimensions(tensor)
+        yield from self._expected_experts(index)
 
     def _expected_experts(self, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        layer = self.spec.layers[index]
+        layer = self.spec.blocks[index]
         apart = []
         for tensor in layer.expert_tensors:
             fused = self._fused(tensor, index)
@@ -230,7 +241,7 @@ class Checkpoint:
         if tensor.fused is None:
             return None
         name = tensor.fused.name.format(layer=layer)
-        rows, columns = self.spec.layers[layer].dimensions(tensor)
+        rows, columns = self.spec.blocks[layer].dimensions(tensor)
         if name not in self.headers and self._mxfp4_type is not None and tensor.fused.may_be_mxfp4:
             return Mxfp4Experts(name, tensor.fused, rows, columns)
         if name in self.headers or tensor.fused.is_only_form:
@@ -242,12 +253,38 @@ class Checkpoint:
         names = [self.spec.tensor(role).name for role in (Role.HEAD, Role.TOKEN_EMBEDDING)]
         if not self.spec.tied_embeddings or names[0] not in self.headers:
             return False
-        if (problem := self._problem(names[0], self.spec.dimensions(Role.HEAD))) is not None:
-            raise InputError(problem)
-        self._check_scales(names[0])
-        head, embedding = (partial(self._read_rows, name) for name in names)
+        self._check(names[0], self.spec.dimensions(Role.HEAD))
+        return self._differ(*names)
+
+    def _differ(self, *names: str) -> bool:
+        """True if two tensors with a row for each token differ."""
+        one, other = (partial(self._read_rows, name) for name in names)
         state = [(file, stat.st_size, stat.st_mtime_ns) for file in self.files for stat in [file.stat()]]
-        return is_own_head(tuple(state), self.spec.vocab_size, head, embedding)
+        return is_own_head((*state, *names), self.spec.vocab_size, one, other)
+
+    def _check(self, name: str, expected: tuple[int, ...]) -> None:
+        if (problem := self._problem(name, expected)) is not None:
+            raise InputError(problem)
+        self._check_scales(name)
+
+    def _add_mtp(self) -> None:
+        """Makes the layer that predicts one more token a part of the model.
+
+        It has tables of its own only where they differ from the model's, which llama.cpp takes in their place.
+        """
+        layer, index = find_mtp(self.spec, self.headers, self.path), self.spec.n_layers
+        self.spec = replace(self.spec, mtp=layer)
+        for name, expected in self._expected_in_layer(index):
+            self._check(name, expected)
+        refuse_more_mtp(self.spec, self.headers, {name for name, _ in self._expected_in_layer(index)}, self.path)
+        copies = [
+            tensor
+            for tensor in layer.tensors
+            if tensor.kind is Kind.TABLE
+            and not self._differ(tensor.name.format(layer=index), self._name(MODEL_TABLES[tensor.role], None))
+        ]
+        kept = tuple(tensor for tensor in layer.tensors if tensor not in copies)
+        self.spec = replace(self.spec, mtp=replace(layer, tensors=kept))
 
     def _check_tensors(self) -> None:
         config = language_model_config(self.config)

@@ -1,0 +1,176 @@
+"""Layers that predict one more token: read, run, pruned and written, and run again in llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressors.calibration.statistics import StatisticsCollector
+from compressors.model.description.roles import Role
+from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.files.gguf.gguf_file import GgufFile
+from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.mtp import advance_with_mtp, run_mtp
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.writing.gguf.writer import predict_file_size, write_gguf
+from exporter.writing.hf_checkpoint import write_checkpoint
+from tests.families.checkpoints import add_mtp, write_inside_of_more, write_model
+from tests.families.rows import ROWS
+from tests.llama_mtp import mtp_logits
+from validate.files.weight_comparison import compare_weights
+from validate.runtimes.backend import ChunkOutput
+from validate.runtimes.llama_cpp import LlamaCppBackend
+
+_WITH_MTP = ("glm4_moe", "glm4_moe_lite", "qwen3_5_moe_text", "qwen3_next")
+_KEPT = (0, 2, 3, 5, 6, 7)
+
+
+@pytest.fixture(scope="module", params=_WITH_MTP)
+def checkpoint(request: pytest.FixtureRequest, fine_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with such a layer; that of Qwen3.5 is a part of a larger model, with fused experts."""
+    path = tmp_path_factory.mktemp("mtp") / str(request.param)
+    write_model(request.param, ROWS[request.param], path, fine_folder)
+    add_mtp(path)
+    if request.param == "qwen3_5_moe_text":
+        write_inside_of_more(path, path.with_name("qwen3_5_moe"))
+        return path.with_name("qwen3_5_moe")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokens(blocks_BT: torch.Tensor) -> torch.Tensor:
+    """A sequence of 24."""
+    return blocks_BT[:1, :24]
+
+
+def _pruned(source: Checkpoint) -> Student:
+    """Six of eight experts, the layer for MTP with others than the decoder layers."""
+    kept = [_KEPT if layer.routed is not None else () for layer in source.spec.layers]
+    behind = [] if source.spec.mtp is None else [(1, 2, 3, 4, 5, 7)]
+    return Student(source, ExpertMap.keeping(8, [*kept, *behind], n_layers=source.spec.n_layers))
+
+
+def _logits(student: Student, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """The layer's logits, [T - 1, V], by torch."""
+    model, spec = StreamedModel(student, check_finite=True), student.spec
+    assert spec.mtp is not None
+    (states,) = model.stream([TokenGroup(tokens_BT)])
+    out = HiddenStates((1, tokens_BT.shape[1] - 1, spec.hidden_size), torch.float32)
+    for _, weights in model.weights([spec.n_layers]):
+        run_mtp(model, weights, tokens_BT, states, out)
+    scales = spec.mtp.tensor(Role.MTP_OUTPUT_NORM).scales(student.tensor(Role.MTP_OUTPUT_NORM, spec.n_layers))
+    hidden = out.read(slice(0, 1))[0]
+    normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + spec.rms_norm_eps) * scales
+    own_head = Role.MTP_HEAD in spec.mtp.roles
+    head = student.tensor(Role.MTP_HEAD, spec.n_layers) if own_head else student.tensor(Role.HEAD)
+    return normed @ head.float().T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_pruned", [False, True], ids=["whole", "pruned"])
+def test_llama_cpp_drafts_as_torch_does(
+    checkpoint: Path, tokens: torch.Tensor, tmp_path: Path, *, is_pruned: bool
+) -> None:
+    """The file's other logits are those of a file without the layer."""
+    with_it, without = Checkpoint(checkpoint, keeps_mtp=True), Checkpoint(checkpoint)
+    student, plain = (_pruned(source) if is_pruned else Student.teacher(source) for source in (with_it, without))
+    path, other = tmp_path / "with.gguf", tmp_path / "without.gguf"
+    write_gguf(student, "F32", path, name="x", threads=1)
+    write_gguf(plain, "F32", other, name="x", threads=1)
+    assert path.stat().st_size == predict_file_size(student.spec, with_it, "F32", "x")
+    expected = _logits(student, tokens)
+    found = torch.from_numpy(mtp_logits(path, tokens[0].tolist()))
+    assert (found - expected).abs().max() < 1e-3 * expected.std()
+    for with_layer, alone in zip(_outputs(path, tokens), _outputs(other, tokens), strict=True):
+        assert np.array_equal(with_layer.logits_SV, alone.logits_SV)
+
+
+def _outputs(path: Path, tokens_BT: torch.Tensor) -> Iterator[ChunkOutput]:
+    return LlamaCppBackend(path, n_ctx=64, kv_type="f32", threads=1).run(tokens_BT.numpy())
+
+
+def test_a_file_holds_what_the_checkpoint_does(checkpoint: Path, tmp_path: Path) -> None:
+    student = _pruned(Checkpoint(checkpoint, keeps_mtp=True))
+    write_gguf(student, "F32", tmp_path / "x.gguf", name="x", threads=1)
+    file = GgufFile(tmp_path / "x.gguf")
+    architecture, index = student.family.gguf.architecture, student.spec.n_layers
+    assert file.metadata[f"{architecture}.block_count"] == index + 1
+    assert file.metadata[f"{architecture}.nextn_predict_layers"] == 1
+    assert file.tensors[f"blk.{index}.ffn_down_exps.weight"].shape[0] == len(_KEPT)
+    weights = GgufWeights(tmp_path / "x.gguf", student.spec)
+    comparison = compare_weights(student, student.as_written(weights), weights.stored_type)
+    assert comparison.damage == () and set(comparison.errors.values()) == {0.0}
+    assert Role.MTP_PROJECTION in {unit.role for unit in comparison.errors}
+
+
+def test_a_saved_student_has_it_and_is_read_again(checkpoint: Path, tmp_path: Path) -> None:
+    student = _pruned(Checkpoint(checkpoint, keeps_mtp=True))
+    write_checkpoint(student, tmp_path / "student")
+    again = Student.teacher(Checkpoint(tmp_path / "student", keeps_mtp=True))
+    index = student.spec.n_layers
+    assert again.spec.mtp is not None and again.spec.mtp.n_experts == len(_KEPT)
+    for tensor in again.spec.mtp.shared_tensors:
+        assert torch.equal(again.tensor(tensor.role, index), student.tensor(tensor.role, index)), tensor.role
+    for tensor in again.spec.mtp.expert_tensors:
+        for expert in range(len(_KEPT)):
+            assert torch.equal(again.expert(tensor.role, index, expert), student.expert(tensor.role, index, expert))
+
+
+def test_the_layer_has_statistics_of_its_own(checkpoint: Path, tokens: torch.Tensor) -> None:
+    model = StreamedModel(Student.teacher(Checkpoint(checkpoint, keeps_mtp=True)))
+    collector, index = StatisticsCollector(model.spec), model.spec.n_layers
+    groups = [TokenGroup(tokens, [collector.observe]), TokenGroup(tokens)]
+    hidden = model.first_states(groups)
+    *_, last = advance_with_mtp(model, groups, hidden, range(index + 1))
+    assert last == index
+    statistics = collector.take(index)
+    n_tokens = tokens.shape[1] - 1
+    assert statistics.n_tokens == n_tokens
+    assert statistics.count_E.sum() == n_tokens * model.spec.top_k
+    assert statistics.input_squares[Role.MTP_PROJECTION].shape == (2 * model.spec.hidden_size,)
+    assert (statistics.reap_scores() > 0).any()
+
+
+def test_tables_that_are_copies_are_the_model_s(fine_folder: Path, tmp_path: Path) -> None:
+    write_model("glm4_moe", ROWS["glm4_moe"], tmp_path / "x", fine_folder)
+    add_mtp(tmp_path / "x", has_own_tables=False)
+    mtp = Checkpoint(tmp_path / "x", keeps_mtp=True).spec.mtp
+    assert mtp is not None and not {Role.MTP_EMBEDDING, Role.MTP_HEAD} & {*mtp.roles}
+
+
+def test_what_llama_cpp_cannot_run_is_refused(fine_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_model("qwen3_next", ROWS["qwen3_next"], path, fine_folder)
+    with pytest.raises(UnsupportedError, match=r"no tensor mtp\.layers\.0.* leave --keep-mtp out"):
+        open_source(path, keeps_mtp=True)
+    add_mtp(path)
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "mtp.layers.1.input_layernorm.weight": torch.ones(64)}, file)
+    with pytest.raises(UnsupportedError, match=r"mtp\.layers\.1\..* it takes one"):
+        open_source(path, keeps_mtp=True)
+    assert open_source(path).spec.mtp is None
+    save_file({name: tensor for name, tensor in tensors.items() if name != "mtp.fc.weight"}, file)
+    with pytest.raises(InputError, match=r"tensor mtp\.fc\.weight is in none"):
+        open_source(path, keeps_mtp=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"), [("deepseek_v3", "converter"), ("exaone_moe", "never runs"), ("olmoe", "have no layer for MTP")]
+)
+def test_families_without_it_say_why(fine_folder: Path, tmp_path: Path, family: str, why: str) -> None:
+    row = ROWS.get(family)
+    if row is not None:
+        write_model(family, row, tmp_path / "x", fine_folder)
+    path = Path("tests/fixtures/olmoe").resolve() if row is None else tmp_path / "x"
+    with pytest.raises(UnsupportedError, match=rf"{why}.*leave --keep-mtp out"):
+        open_source(path, keeps_mtp=True)
