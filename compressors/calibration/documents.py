@@ -1,22 +1,17 @@
-"""Finds the documents of text files, without holding a whole file in memory.
-
-Documents are separated by blank lines. A part of a file is stored as its place in the file, and read when it is needed.
-"""
+"""Cuts text files into shares by document. A share is a place in its file, and is read where it is needed."""
 
 from __future__ import annotations
 
 import codecs
 import hashlib
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
+from compressors.calibration.text_file import TextFile, open_unchanged
 from compressors.model.errors import InputError
 from compressors.model.files.raw_file import FileState
-from compressors.model.files.regular_file import open_regular
 
 __all__ = ["DomainText", "cut_parts", "digest_of", "read_parts"]
 
@@ -50,7 +45,7 @@ class DomainText:
         Raises:
             InputError: the file was changed since its documents were found.
         """
-        with self._open() as file:
+        with open_unchanged(self.file, self.state) as file:
             file.seek(self.start + start)
             return file.read(max(0, min(stop, self.n_bytes) - start)).decode("utf-8", errors="ignore")
 
@@ -73,20 +68,12 @@ class DomainText:
 
     def chunks(self, n_bytes: int = _PIECE_BYTES) -> Iterator[bytes]:
         """The same as bytes, cut anywhere."""
-        with self._open() as file:
+        with open_unchanged(self.file, self.state) as file:
             file.seek(self.start)
             left = self.n_bytes
             while left and (data := file.read(min(left, n_bytes))):
                 left -= len(data)
                 yield data
-
-    def _open(self) -> BinaryIO:
-        file = open_regular(self.file)
-        change = self.state.change_to(FileState.of(self.file))
-        if change is not None:
-            file.close()
-            raise InputError(f"{self.file} was changed while it was read ({change}); start again")
-        return file
 
 
 def read_parts(path: Path) -> tuple[DomainText, ...]:
@@ -95,7 +82,7 @@ def read_parts(path: Path) -> tuple[DomainText, ...]:
     Raises:
         InputError: nothing is there, or a file is empty, not UTF-8 or no regular file.
     """
-    return tuple(_part(file, 0, len(starts), starts, size, state) for file, starts, size, state in _scanned(path))
+    return tuple(_part(file, 0, file.n_documents) for file in _files_of(path))
 
 
 def cut_parts(path: Path, n_shares: int) -> list[list[DomainText]]:
@@ -105,72 +92,31 @@ def cut_parts(path: Path, n_shares: int) -> list[list[DomainText]]:
         InputError: as :func:`read_parts`, or a file has too few documents.
     """
     cut = []
-    for file, starts, size, state in _scanned(path):
-        if len(starts) < n_shares:
+    for file in _files_of(path):
+        n_documents = file.n_documents
+        if n_documents < n_shares:
             raise InputError(
-                f"{file} has {len(starts)} document(s), but {n_shares} are needed to set text aside; "
+                f"{file.path} has {n_documents} document(s), but {n_shares} are needed to set text aside; "
                 "separate documents by blank lines"
             )
-        tenth = max(1, len(starts) // 10)
-        firsts = [0, *(len(starts) - tenth * share for share in range(n_shares - 1, 0, -1)), len(starts)]
-        cut.append([_part(file, first, stop, starts, size, state) for first, stop in pairwise(firsts)])
+        tenth = max(1, n_documents // 10)
+        firsts = [0, *(n_documents - tenth * share for share in range(n_shares - 1, 0, -1)), n_documents]
+        cut.append([_part(file, first, stop) for first, stop in pairwise(firsts)])
     return cut
 
 
-def _part(file: Path, first: int, stop: int, starts: array[int], size: int, state: FileState) -> DomainText:
+def _part(file: TextFile, first: int, stop: int) -> DomainText:
     """Documents first..stop; what stands before the first document of a file belongs to it."""
-    start = 0 if first == 0 else starts[first]
-    return DomainText(file.stem, file, start, size if stop == len(starts) else starts[stop], stop - first, state)
+    start = 0 if first == 0 else file.start_of(first)
+    end = file.n_bytes if stop == file.n_documents else file.start_of(stop)
+    return DomainText(file.path.stem, file.path, start, end, stop - first, file.state)
 
 
-def _scanned(path: Path) -> Iterator[tuple[Path, array[int], int, FileState]]:
+def _files_of(path: Path) -> Iterator[TextFile]:
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} holds no *.txt file; put the text there, one file per domain")
-    for file in files:
-        with open_regular(file) as opened:
-            state = FileState.of(file)
-            starts, size = _document_starts(file, opened)
-        if not starts:
-            raise InputError(f"{file} is empty; give a file with text, documents separated by blank lines")
-        yield file, starts, size, state
-
-
-def _document_starts(name: Path, file: BinaryIO) -> tuple[array[int], int]:
-    """The first byte of every document, and the number of bytes.
-
-    A document ends where, after a line end, lines follow that hold nothing but spaces, tabs and carriage returns.
-    """
-    starts = array("q")
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    start = position = 0
-    has_text, line_is_blank, line_is_first = False, True, True
-    while piece := file.readline(_PIECE_BYTES):  # a longer line comes in several pieces
-        text = _decoded(decoder, piece, name, position)
-        position += len(piece)
-        has_text = has_text or bool(text.strip())
-        line_is_blank = line_is_blank and not piece.strip(b" \t\r\n")
-        if not piece.endswith(b"\n"):
-            continue
-        if line_is_blank and not line_is_first:
-            if has_text:
-                starts.append(start)
-            start, has_text = position, False
-        line_is_blank, line_is_first = True, False
-    _decoded(decoder, b"", name, position, final=True)
-    if has_text:
-        starts.append(start)
-    return starts, position
-
-
-def _decoded(decoder: codecs.IncrementalDecoder, data: bytes, name: Path, position: int, *, final: bool = False) -> str:
-    held = len(decoder.getstate()[0])  # bytes of a character that the last piece ended inside of
-    try:
-        return decoder.decode(data, final)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} is not UTF-8 text (byte {position - held + error.start}); convert it to UTF-8"
-        ) from None
+    yield from map(TextFile, files)
 
 
 def digest_of(parts: tuple[DomainText, ...]) -> str:

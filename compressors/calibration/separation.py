@@ -1,16 +1,18 @@
 """Finds text that two splits share: by tokens, and by characters where line ends, spaces or accents differ.
 
-Both searches use rolling hashes. A long enough shared passage contains a whole piece of one of the texts, so each piece
-is searched at every position of the other. Hashes give the candidates; the tokens or characters themselves decide.
+A long enough shared passage contains a whole piece of one of the texts, so each piece is searched at every position of
+the other. Hashes give the candidates; the tokens or characters themselves decide.
 """
 
 from __future__ import annotations
 
 import hashlib
-import unicodedata
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,13 @@ Stream = tuple[DomainText, npt.NDArray[np.int64]]
 
 _WINDOW = 1536  # bytes without spaces: about as much text as a block of 512 tokens
 _SCANNED_BYTES = 1 << 17  # bytes that are hashed together, each of which takes a few times 8 bytes
+_MOST_PIECES = 1 << 20  # pieces whose hashes are held at once, those of 1.6 GB of text
+_PLACES = np.arange(8) * (_WINDOW - 8) // 7  # where the bytes of a piece stand that are compared first
+_PLACE_BITS = (1 << np.arange(8)).astype(np.uint8)
+_TABLE_BITS = 22
+_TABLE_SIZE = 1 << _TABLE_BITS
+_OTHER_SPACE = re.compile("[\x85\u1680\u2028\u2029\ufeff]")  # what NFKC leaves of the spaces that are not ASCII
+_ASCII_SPACE = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "
 _MULTIPLIER = 6364136223846793005  # from Knuth's linear congruential generator: odd, bits well spread
 
 
@@ -62,74 +71,98 @@ def without_blocks(streams: Sequence[Stream], left_out: Sequence[SharedBlock], b
 def shared_text(first: Sequence[DomainText], second: Sequence[DomainText]) -> tuple[DomainText, DomainText, str] | None:
     """Finds text of one that occurs in the other, ignoring spaces, line ends, byte order marks and Unicode forms.
 
-    A shared passage of 3,071 bytes is always found, in either direction; one of fewer than 1,536 never is.
+    A shared passage of 3,071 bytes is always found; one of fewer than 1,536 never is. The shorter text is cut into
+    pieces, of which only hashes are held; the longer one is searched for them.
 
     Returns:
         Both parts, and how the shared text begins; None if they share none.
     """
-    found = _occurrence(_Pieces(first), second)
-    if found is not None:
-        return found
-    turned = _occurrence(_Pieces(second), first)
-    return None if turned is None else (turned[1], turned[0], turned[2])
-
-
-class _Pieces:
-    """Consecutive pieces of normalised text, by their hashes."""
-
-    def __init__(self, parts: Sequence[DomainText]) -> None:
-        hashes: list[npt.NDArray[np.uint64]] = []
-        self._of_hash: dict[int, tuple[DomainText, bytes]] = {}  # the part, and the piece's digest
-        for part in parts:
-            for data in _normalised(part, _WINDOW):
-                whole = len(data) // _WINDOW
-                rows = np.frombuffer(data, np.uint8, whole * _WINDOW).reshape(whole, _WINDOW)
-                hashes.append(found := _row_hashes(rows))
-                for row, value in zip(rows, found.tolist(), strict=True):
-                    self._of_hash.setdefault(value, (part, _digest(row.tobytes())))
-        self._hashes = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]))
-        self._leading = np.zeros(1 << 16, np.bool_)  # to sort most positions out at once
-        self._leading[self._hashes >> np.uint64(48)] = True
-
-    def find(self, data: bytes) -> tuple[DomainText, str] | None:
-        """The first of the pieces that occurs in the data."""
-        windows = window_hashes(np.frombuffer(data, np.uint8), _WINDOW)
-        near = np.flatnonzero(self._leading[windows >> np.uint64(48)])
-        for place in near[_are_among(windows[near], self._hashes)].tolist():
-            window = data[place : place + _WINDOW]
-            part, digest = self._of_hash[int(windows[place])]
-            if _digest(window) == digest:
-                return part, window[:60].decode("utf-8", errors="ignore")
-        return None
-
-
-def _occurrence(pieces: _Pieces, texts: Sequence[DomainText]) -> tuple[DomainText, DomainText, str] | None:
-    for other in texts:
-        held = b""
-        for data in _normalised(other, 1):
-            held += data
-            found = pieces.find(held)
-            if found is not None:
-                return found[0], other, found[1]
-            held = held[-(_WINDOW - 1) :]
+    turned = _n_bytes(first) > _n_bytes(second)
+    shorter, longer = (second, first) if turned else (first, second)
+    rows = (row for _, row in _pieces_of(shorter))
+    while (pieces := _Pieces(islice(rows, _MOST_PIECES))).n_pieces:
+        for other in longer:
+            for window in pieces.windows_in(other):
+                part = next((part for part, row in _pieces_of(shorter) if row == window), None)
+                if part is not None:
+                    begin = window[:60].decode("utf-8", errors="ignore")
+                    return (other, part, begin) if turned else (part, other, begin)
     return None
 
 
-def _normalised(part: DomainText, multiple: int) -> Iterator[bytes]:
-    """A part's text in Unicode's form NFKC, without white space, in UTF-8.
+class _Pieces:
+    """The hashes of some pieces of normalised text, each of ``_WINDOW`` bytes.
 
-    The size of every chunk but the last is a multiple of ``multiple`` bytes.
+    Almost every position of another text is sorted out by the 8 bytes that stand there and at seven places behind it:
+    a table says whether any piece has bytes of the same hash at that place.
     """
-    held = b""
-    for piece in part.pieces(_SCANNED_BYTES):
-        text = unicodedata.normalize("NFKC", piece).replace("\ufeff", "")
-        held += "".join(text.split()).encode("utf-8")
-        cut = len(held) // multiple * multiple
-        if cut:
-            yield held[:cut]
-            held = held[cut:]
-    if held:
-        yield held
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._known = np.zeros(_TABLE_SIZE, np.uint8)  # bit k: a piece has bytes of this hash at place k
+        digests = bytearray()
+        for piece in pieces:
+            digests += _digest(piece)
+            np.bitwise_or.at(self._known, _hashes_of_eight(piece)[_PLACES], _PLACE_BITS)
+        self._digests = np.sort(np.frombuffer(digests, np.uint64))
+
+    @property
+    def n_pieces(self) -> int:
+        """The number of pieces."""
+        return len(self._digests)
+
+    def windows_in(self, text: DomainText) -> Iterator[bytes]:
+        """Yields what stands where one of the pieces seems to occur in a text."""
+        held = b""
+        for data in _normalised(text):
+            held += data
+            if len(held) >= _WINDOW:
+                yield from self._windows(held)
+                held = held[-(_WINDOW - 1) :]
+
+    def _windows(self, data: bytes) -> Iterator[bytes]:
+        known = self._known[_hashes_of_eight(data)]
+        positions = np.flatnonzero(known[: len(data) - _WINDOW + 1] & _PLACE_BITS[0])
+        for place, bit in zip(_PLACES[1:], _PLACE_BITS[1:], strict=True):
+            positions = positions[known[positions + place] & bit != 0]
+        digests = b"".join(_digest(data[position : position + _WINDOW]) for position in positions.tolist())
+        found = _are_among(np.frombuffer(digests, np.uint64), self._digests)
+        for position in positions[found].tolist():
+            yield data[position : position + _WINDOW]
+
+
+def _hashes_of_eight(data: bytes) -> npt.NDArray[np.intp]:
+    """The hash of the 8 bytes at each position, below ``_TABLE_SIZE``: [bytes - 7]."""
+    values = np.ndarray((len(data) - 7,), np.uint64, data, strides=(1,))
+    hashes: npt.NDArray[np.intp] = ((values * np.uint64(_MULTIPLIER)) >> np.uint64(64 - _TABLE_BITS)).view(np.intp)
+    return hashes
+
+
+def _pieces_of(parts: Sequence[DomainText]) -> Iterator[tuple[DomainText, bytes]]:
+    """Yields the consecutive whole pieces of each part's normalised text."""
+    for part in parts:
+        held = b""
+        for data in _normalised(part):
+            held += data
+            n_whole = len(held) // _WINDOW * _WINDOW
+            for start in range(0, n_whole, _WINDOW):
+                yield part, held[start : start + _WINDOW]
+            held = held[n_whole:]
+
+
+def _n_bytes(parts: Sequence[DomainText]) -> int:
+    return sum(part.n_bytes for part in parts)
+
+
+def _normalised(part: DomainText) -> Iterator[bytes]:
+    """A part's text in Unicode's form NFKC, without white space and byte order marks, in UTF-8.
+
+    Lines of ASCII are in that form, and the others do not depend on the lines beside them.
+    """
+    for text in part.pieces(_SCANNED_BYTES):
+        if not text.isascii():
+            lines = text.split("\n")
+            text = "".join(line if line.isascii() else _OTHER_SPACE.sub("", normalize("NFKC", line)) for line in lines)
+        yield text.encode("utf-8").translate(None, _ASCII_SPACE)
 
 
 def window_hashes(tokens: npt.NDArray[np.integer], length: int) -> npt.NDArray[np.uint64]:
@@ -153,13 +186,6 @@ def _are_among(hashes: npt.NDArray[np.uint64], ordered: npt.NDArray[np.uint64]) 
     return found
 
 
-def _row_hashes(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """The polynomial hash of each whole row."""
-    terms = (rows.astype(np.uint64) + np.uint64(1)) * _powers(pow(_MULTIPLIER, -1, 2**64), rows.shape[1])
-    hashes: npt.NDArray[np.uint64] = terms.sum(axis=1, dtype=np.uint64)
-    return hashes
-
-
 def _powers(base: int, count: int) -> npt.NDArray[np.uint64]:
     """base^0 ... base^(count - 1) modulo 2^64."""
     return _all_powers(base, 1 << max(0, count - 1).bit_length())[:count]
@@ -173,4 +199,4 @@ def _all_powers(base: int, count: int) -> npt.NDArray[np.uint64]:
 
 
 def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.blake2b(data, digest_size=8).digest()

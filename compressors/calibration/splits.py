@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -258,12 +257,11 @@ def _streams(
         InputError: no file has enough for one block.
     """
     bos = _bos_token(tokenizer)
-    streams: list[Stream] | None = None
     if is_short(split.parts):
         streams = whole_streams(split.parts, tokenizer, bos)
     elif spaced is not None:
         streams = spaced_streams(split.parts, tokenizer, bos, spaced, block_length)
-    if streams is None:
+    else:
         n_tokens = None if leading is None else leading * block_length
         streams = leading_streams(split.parts, tokenizer, bos, n_tokens)
     longest_part, longest = max(streams, key=lambda stream: len(stream[1]))
@@ -297,19 +295,31 @@ def _full_blocks(tokens: npt.NDArray[np.int64], block_length: int) -> npt.NDArra
 def _kept_apart(splits: Sequence[TextSplit], streams: Sequence[list[Stream]], block_length: int) -> list[list[Stream]]:
     """Returns the streams without the few blocks (licence texts, tables) that a later split has too; refuses more."""
     kept = list(streams)
-    for (index, first), (later, second) in combinations(enumerate(splits), 2):
-        shared = list(shared_blocks(kept[index], kept[later], block_length))
-        n_blocks = sum(len(tokens) // block_length for _, tokens in kept[index])
-        if len(shared) * _MOST_SHARED > n_blocks:
-            raise _not_apart(first, second, shared[0].part, shared[0].other, f"{block_length} tokens in a row")
-        text = shared_text(first.parts, second.parts)
-        if text is not None:
-            part, other, begin = text
-            what = f"the text that begins {begin!r}, apart from white space, line ends and the form of accents"
-            raise _not_apart(first, second, part, other, what)
-        if shared:
-            kept[index] = without_blocks(kept[index], shared, block_length)
+    for index, split in enumerate(splits[:-1]):
+        for other in range(index + 1, len(splits)):
+            kept[index] = _without_shared(split, splits[other], kept[index], kept[other], block_length)
+        _refuse_shared_text(split, splits[index + 1 :])
     return kept
+
+
+def _without_shared(
+    split: TextSplit, other: TextSplit, streams: list[Stream], others: list[Stream], block_length: int
+) -> list[Stream]:
+    shared = list(shared_blocks(streams, others, block_length))
+    n_blocks = sum(len(tokens) // block_length for _, tokens in streams)
+    if len(shared) * _MOST_SHARED > n_blocks:
+        raise _not_apart(split, other, shared[0].part, shared[0].other, f"{block_length} tokens in a row")
+    return without_blocks(streams, shared, block_length) if shared else streams
+
+
+def _refuse_shared_text(split: TextSplit, others: Sequence[TextSplit]) -> None:
+    """Compares a split with all the others at once, so that its text, which may be long, is read once."""
+    found = shared_text(split.parts, [part for other in others for part in other.parts])
+    if found is not None:
+        part, other_part, begin = found
+        other = next(other for other in others if any(part is other_part for part in other.parts))
+        what = f"the text that begins {begin!r}, apart from white space, line ends and the form of accents"
+        raise _not_apart(split, other, part, other_part, what)
 
 
 def _not_apart(first: TextSplit, second: TextSplit, part: DomainText, other: DomainText, what: str) -> InputError:

@@ -8,7 +8,7 @@ wanted block, evenly spaced.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ _WHOLE_BYTES = 4_000_000  # the most in all files of a split
 _WHOLE_FILE_BYTES = 1_000_000  # the most in each: tokenising takes 100 bytes of memory for one of text
 _STRETCH_BYTES = 8192  # the least for each block that is taken from a long text: a few times its size
 _BYTES_PER_TOKEN = 6  # more than most text has
+_MOST_BYTES_OF_CHARACTER = 4  # in UTF-8
 _SPARE_TOKENS = 8  # where text is cut, the tokens beside the cut are not those of the whole text
 _LEAST_PIECE, _LARGEST_PIECE = 1 << 13, 1 << 18
 _DOCUMENT = re.compile(r"\n[ \t\r]*\n")
@@ -73,26 +74,23 @@ def leading_streams(
 
 def spaced_streams(
     parts: Sequence[DomainText], tokenizer: TextTokenizer, bos: int | None, n_blocks: int, block_length: int
-) -> list[Stream] | None:
-    """Takes ``n_blocks`` streams of one block each, from evenly spaced places; the parts take turns.
+) -> list[Stream]:
+    """Takes streams of one block each, at least ``n_blocks``, from evenly spaced places; the parts take turns.
 
-    A block begins with a document where one begins near its place, otherwise with a line.
-
-    Returns:
-        None if a place has less text than a block needs.
+    A block begins with a document where one begins near its place, otherwise with a line. If some places have too
+    little text for a block, more places are tried, closer together. A text that is not much longer than its blocks is
+    tokenised whole; one with too few places that have a block, from the beginning of each part.
     """
     room = [part.n_bytes // _STRETCH_BYTES for part in parts]
-    if sum(room) < n_blocks:
-        return None
-    streams = []
-    for part, n_places in zip(parts, shares_of(room, n_blocks), strict=True):
-        for place in range(n_places):
-            start, stop = (part.n_bytes * edge // n_places for edge in (place, place + 1))
-            tokens = _block_between(part, start, stop, tokenizer, block_length)
-            if tokens is None:
-                return None
-            streams.append((part, _with_bos(tokens, bos)[:block_length]))
-    return streams
+    n_places, most = n_blocks, sum(room)
+    while n_places <= most:
+        shares = zip(parts, shares_of(room, n_places), strict=True)
+        found = [(part, _blocks_at(part, n_of_part, tokenizer, block_length)) for part, n_of_part in shares]
+        streams = [(part, _with_bos(tokens, bos)[:block_length]) for part, blocks in found for tokens in blocks]
+        if len(streams) >= n_blocks:
+            return streams
+        n_places = 2 * n_places if n_places == most else min(2 * n_places, most)
+    return leading_streams(parts, tokenizer, bos, n_blocks * block_length if n_blocks <= most else None)
 
 
 def shares_of(room: Sequence[int], wanted: int) -> list[int]:
@@ -108,24 +106,35 @@ def shares_of(room: Sequence[int], wanted: int) -> list[int]:
     return shares
 
 
+def _blocks_at(
+    part: DomainText, n_places: int, tokenizer: TextTokenizer, block_length: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yields a block or a little more of each of some evenly spaced places that have text enough."""
+    for place in range(n_places):
+        start, stop = (part.n_bytes * edge // n_places for edge in (place, place + 1))
+        tokens = _block_between(part, start, stop, tokenizer, block_length)
+        if tokens is not None:
+            yield tokens
+
+
 def _block_between(
     part: DomainText, start: int, stop: int, tokenizer: TextTokenizer, block_length: int
 ) -> npt.NDArray[np.int64] | None:
-    """The tokens of the first document that begins between these bytes, and of what follows it."""
-    n_bytes = block_length * _BYTES_PER_TOKEN
-    text = part.read(start, min(stop, start + max(_STRETCH_BYTES, 2 * n_bytes)))
+    """The tokens of the first document that begins between these bytes, and of the text behind it; None: too few."""
+    n_characters = block_length * _BYTES_PER_TOKEN
+    text = part.read(start, min(stop, start + max(_STRETCH_BYTES, 2 * n_characters)))
     first = 0 if start == 0 else _first_document(text)
-    while True:
-        end = first + n_bytes
+    while n_characters <= _LARGEST_PIECE:
+        end = first + n_characters
+        if end > len(text):
+            text = part.read(start, min(stop, start + _MOST_BYTES_OF_CHARACTER * end))
         tokens = _encoded(tokenizer, text[first:end])
         if len(tokens) >= block_length + _SPARE_TOKENS:
             return tokens
-        if end >= len(text):
-            whole = part.read(start, stop)
-            if len(whole) == len(text):
-                return tokens if len(tokens) >= block_length else None
-            text = whole
-        n_bytes *= 2
+        if end > len(text):  # the place has no more
+            return tokens if len(tokens) >= block_length else None
+        n_characters *= 2
+    return None
 
 
 def _first_document(text: str) -> int:

@@ -84,7 +84,7 @@ _SAME_WEIGHTS = files_of("validate_written", WRITTEN_LOG_PROBS, ROUTER_INPUTS)
 CALIBRATE = Stage(
     "calibrate",
     "teacher.calibrate",
-    version=7,
+    version=8,
     what="run the teacher over the calibration text",
     writes=(
         *(BLOCKS, STATISTICS, LAYER_INPUTS, TARGETS, SELECTION_LOG_PROBS, HELDOUT_LOG_PROBS, ROUTING),

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from compressors.calibration import token_streams
-from compressors.calibration.documents import read_parts
+from compressors.calibration import separation, text_file, token_streams
+from compressors.calibration.documents import cut_parts, read_parts
 from compressors.calibration.separation import shared_text
 from compressors.calibration.splits import BlockCounts, load_tokenizer, read_splits, tokenize, tokenize_heldout
 from compressors.model.errors import InputError
@@ -68,6 +68,19 @@ def test_a_long_text_gives_as_many_blocks_as_it_has_if_more_are_wanted(
     assert [split.n_blocks for split in wanted] == [split.n_blocks for split in everything]
 
 
+class _Words:
+    """A tokenizer with a token for each word; it remembers how much it was given."""
+
+    bos_token_id = None
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> list[int]:
+        self.lengths.append(len(text))
+        return [len(word) for word in text.split()]
+
+
 def test_a_text_without_lines_or_documents_gives_blocks_too(
     short_limits: None, tmp_path: Path, fine_folder: Path
 ) -> None:
@@ -76,7 +89,24 @@ def test_a_text_without_lines_or_documents_gives_blocks_too(
     _, heldout = tokenize_heldout(file, fine_folder, blocks_per_file=2)
     assert heldout.n_blocks >= 2
     streams = token_streams.spaced_streams(read_parts(file), load_tokenizer(fine_folder), None, 4, 512)
-    assert streams is not None and [len(tokens) for _, tokens in streams] == [512] * 4
+    assert [len(tokens) for _, tokens in streams] == [512] * 4
+
+
+def test_places_without_text_are_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "gap.txt"
+    file.write_text(_prose("plum", 400) + "\n\n" + 300_000 * "_" + "\n\n" + _prose("pear", 400))
+    (part,) = read_parts(file)
+    streams = token_streams.spaced_streams([part], _Words(), None, 8, 512)
+    assert 8 <= len(streams) <= 16 and all(len(tokens) == 512 for _, tokens in streams)
+
+
+def test_a_text_with_few_tokens_gives_its_first_ones(tmp_path: Path) -> None:
+    file = tmp_path / "rare.txt"
+    file.write_text("\n".join(1000 * "_" for _ in range(4_000)))
+    (part,) = read_parts(file)
+    words = _Words()
+    ((_, tokens),) = token_streams.spaced_streams([part], words, None, 4, 512)
+    assert 4 * 512 <= len(tokens) < 4_000 and max(words.lengths) <= 1 << 19
 
 
 class _Counting:
@@ -102,10 +132,39 @@ def test_of_ten_megabytes_a_tenth_is_tokenised_and_little_at_once(tmp_path: Path
     assert max(map(len, part.pieces())) <= 1 << 19 and max(map(len, part.chunks())) <= 1 << 18
     spaced, leading = _Counting(), _Counting()
     streams = token_streams.spaced_streams([part], spaced, None, 320, 512)
-    assert streams is not None and len(streams) == 320
+    assert len(streams) == 320
     token_streams.leading_streams([part], leading, None, 50 * 512)
     assert sum(spaced.lengths) < 1_200_000 and max(spaced.lengths) < 10_000
     assert sum(leading.lengths) < 300_000
+
+
+def test_documents_are_the_same_whatever_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents are found again from the places that are held, and characters may lie across pieces of a file."""
+    file = tmp_path / "all.txt"
+    texts = [f"\u6f22{number}\n\ufeff \u3000\n" + number % 3 * "\n" + " \t\r\n" for number in range(100)]
+    file.write_text("\n" + "\u3000\n\n" + "".join(texts), encoding="utf-8", newline="")
+    expected = [[part.text for part in cut] for cut in cut_parts(file, 3)]
+    monkeypatch.setattr(text_file, "_PIECE_BYTES", 7)
+    monkeypatch.setattr(text_file, "_MOST_HELD", 4)
+    assert [[part.text for part in cut] for cut in cut_parts(file, 3)] == expected
+    assert expected[0][0] == "\n\u3000\n\n" + "".join(texts[:80]) and expected[0][2] == "".join(texts[90:])
+    assert text_file.TextFile(file).n_documents == 100
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_long_passage_is_found_behind_others_of_the_same_beginnings(
+    swapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(separation, "_MOST_PIECES", 2)
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    line = 1400 * "-"
+    one.write_text(_prose("apple", 20) + line + "a" + line + _prose("plum", 7) + _prose("cherry", 200))
+    other.write_text(line + "b" + line + _prose("plum", 7))
+    first, second = (other, one) if swapped else (one, other)
+    found = shared_text(read_parts(first), read_parts(second))
+    assert found is not None and (found[0].file, found[1].file) == (first, second)
+    other.write_text(line + "b" + line + _prose("pear", 7))
+    assert shared_text(read_parts(first), read_parts(second)) is None
 
 
 _FORMS: dict[str, Callable[[str], bytes]] = {
