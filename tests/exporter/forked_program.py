@@ -1,8 +1,9 @@
 """The program in a process of its own that is forked instead of started, so that it need not import anything.
 
-To import torch and transformers takes a program seconds, and then its fork server the same seconds again. Both are forked
-here from the fork server of the tests, which has imported everything. From there on everything is as when a person
-starts it: the process leads a group and has its own server, signals have their usual effect, its stages are its own.
+To import torch and transformers takes a program seconds, and then its fork server the same seconds again. Both are
+forked here from the fork server of the tests, which has imported everything. From there on everything is as when a
+person starts it: the process leads a group and has its own server, signals have their usual effect, its stages are its
+own.
 """
 
 from __future__ import annotations
