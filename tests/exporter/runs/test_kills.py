@@ -10,17 +10,19 @@ import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
 from exporter.writing.files import sha256_of
+from tests.exporter.forked_program import ForkedProgram
 from tests.exporter.found_processes import stage_of
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 Command = Callable[..., Sequence[str]]
 
 _KILLS = 30
+_PLANNING = 1.5  # seconds: from the start until the first stages work
 _MOMENT = 1.5  # kills fall into this many times the time that the stage took: a third of them hits a later one
 
 
@@ -64,19 +66,12 @@ _STAGES_BETWEEN = 4  # less than so many are finished between one kill and the n
 
 
 class _Attempt:
-    """One start of the command, in a process group of its own."""
+    """One start of the command."""
 
     def __init__(self, command: Sequence[str], out: Path) -> None:
         records = out.with_name(f"{out.name}.work").glob("*/stage.json")
         self._finished = {path.parent.name for path in records if path.parent.suffix != ".partial"}
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    @property
-    def _stderr(self) -> IO[str]:
-        assert self._process.stderr is not None
-        return self._process.stderr
+        self._program = ForkedProgram(command)
 
     def wait_for_stage(self, n_before: int) -> int | None:
         """Which stage it begins with after so many others, counted from 0; None if it has none left.
@@ -85,14 +80,14 @@ class _Attempt:
         None is done that was finished.
         """
         begun = number = 0
-        for line in self._stderr:
+        for line in self._program.stderr:
             if not line.startswith("["):
                 continue
             if not line.endswith("done already\n"):
                 assert begun or number >= len(self._finished), f"one of {self._finished} is done again: {line}"
                 if begun == n_before:
                     with suppress(AssertionError):  # it was quick, and the last
-                        stage_of(self._process.pid)
+                        stage_of(self._program.pid)
                     return number
                 begun += 1
             number += 1
@@ -100,13 +95,11 @@ class _Attempt:
 
     def kill(self, seconds: float, *, whole_group: bool) -> bool:
         """Kills it after this time; False if it had ended by itself."""
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            (os.killpg if whole_group else os.kill)(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._stderr.close()
-        return self._process.returncode == -signal.SIGKILL
+        if self._program.wait(seconds) is None:
+            (os.killpg if whole_group else os.kill)(self._program.pid, signal.SIGKILL)
+            self._program.wait()
+        self._program.stderr.close()
+        return self._program.returncode == -signal.SIGKILL
 
 
 def test_killed_at_random_moments_it_builds_the_same_bytes(
@@ -122,7 +115,7 @@ def test_killed_at_random_moments_it_builds_the_same_bytes(
         attempt = _Attempt(toy_command(out, "--recipe", str(tiny_recipe)), out)
         early = kills % 3 == 2  # while it plans, looks at what is there, or takes its locks
         stage = None if early else attempt.wait_for_stage(moments.randrange(_STAGES_BETWEEN))
-        longest = 3.0 if stage is None else _MOMENT * seconds[stage]
+        longest = _PLANNING if stage is None else _MOMENT * seconds[stage]
         if attempt.kill(moments.uniform(0, longest), whole_group=kills % 2 == 0):
             kills += 1
             stages_hit.add(stage)
