@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from compressors.calibration.statistics import Importance, StoredStatistics, importance, importance_of_kept
 from compressors.model.description.spec import ModelSpec
+from compressors.model.predictions.head_inputs import HeadInputs, RemadeLogProbs
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
@@ -28,6 +29,7 @@ from exporter.file_names import (
     SCHEDULE,
     STATISTICS,
     SUMMARY,
+    StageFile,
 )
 from exporter.planning.plan import Plan
 from exporter.work.directory import WorkDirectory
@@ -43,6 +45,7 @@ __all__ = [
     "open_student",
     "own_statistics",
     "scheduled_blocks",
+    "teacher_predictions",
     "teacher_statistics",
     "token_blocks",
     "use_threads",
@@ -71,6 +74,16 @@ class Blocks:
 def token_blocks(work: WorkDirectory) -> Blocks:
     """The token blocks that calibration cut the texts into."""
     return Blocks.load(work.path("calibrate", BLOCKS))
+
+
+def teacher_predictions(plan: Plan, work: WorkDirectory, split: StageFile) -> RemadeLogProbs:
+    """The teacher's log-probabilities at a split's scored positions; its head is read for them.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    inputs = HeadInputs(work.path("calibrate", split))
+    return RemadeLogProbs(inputs, Student.teacher(open_source(plan.source)), torch.device(plan.device))
 
 
 def heldout_domains(work: WorkDirectory) -> list[str]:
@@ -129,10 +142,12 @@ def artifact_path(work: WorkDirectory, artifact: str) -> Path:
     return path
 
 
-def written_weights(plan: Plan, work: WorkDirectory, spec: ModelSpec) -> dict[str, WrittenWeights]:
-    """The files that a plan writes, opened, by artifact."""
+def written_weights(
+    plan: Plan, work: WorkDirectory, spec: ModelSpec, artifacts: Sequence[str] | None = None
+) -> dict[str, WrittenWeights]:
+    """The files that a plan writes, or some of them, opened, by artifact."""
     readers: Mapping[str, Callable[[Path, ModelSpec], WrittenWeights]] = {"gguf": GgufWeights, "onnx": OnnxWeights}
-    return {name: readers[name](artifact_path(work, name), spec) for name in plan.recipe.artifacts}
+    return {name: readers[name](artifact_path(work, name), spec) for name in artifacts or plan.recipe.artifacts}
 
 
 def memory_limit(context: StageContext) -> MemoryLimit:

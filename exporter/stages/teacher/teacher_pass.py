@@ -10,11 +10,11 @@ import torch
 
 from compressors.calibration.layer_inputs import LayerInputs, n_kept_blocks
 from compressors.calibration.statistics import StatisticsCollector, save_statistics
-from compressors.calibration.teacher import TeacherTargets, write_log_probs, write_targets
+from compressors.calibration.teacher import TeacherTargets, write_predictions, write_targets
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.array_file import ArrayFile
 from compressors.model.parallel import is_first, reduce_sum, share, wait_for_all
-from compressors.model.predictions.log_probs import LogProbWriter
+from compressors.model.predictions.head_inputs import HeadInputs
 from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.memory import MemoryLimit
@@ -23,10 +23,10 @@ from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.file_names import (
-    HELDOUT_LOG_PROBS,
+    HELDOUT_PREDICTIONS,
     LAYER_INPUTS,
     ROUTING,
-    SELECTION_LOG_PROBS,
+    SELECTION_PREDICTIONS,
     STATISTICS,
     TARGETS,
     StageFile,
@@ -98,34 +98,34 @@ class TeacherPass:
             snapshot.remove()
 
     def write_predictions(self) -> torch.Tensor:
-        """Writes targets and log-probabilities from the hidden states after the last layer.
+        """Writes targets and predictions from the hidden states after the last layer.
 
         Returns:
             The negative log-likelihood at every scored held-out position, of all processes: float32 [N].
         """
         blocks, vocab_size = self._blocks, self._model.spec.vocab_size
-        targets, selection, heldout = map(self._place, (TARGETS, SELECTION_LOG_PROBS, HELDOUT_LOG_PROBS))
+        targets, selection, heldout = map(self._place, (TARGETS, SELECTION_PREDICTIONS, HELDOUT_PREDICTIONS))
         scored = scored_positions(blocks.heldout.shape[1])
         n_scored = scored.stop - scored.start
         if is_first():
             TeacherTargets.create(targets, blocks.calibration.numel(), vocab_size)
-            for folder, tokens_BT in ((selection, blocks.selection), (heldout, blocks.heldout)):
-                LogProbWriter(folder, len(tokens_BT) * n_scored, vocab_size)
+            for path, tokens_BT in ((selection, blocks.selection), (heldout, blocks.heldout)):
+                HeadInputs.create(path, len(tokens_BT) * n_scored, self._model.spec.hidden_size)
         wait_for_all()
         calibrated, selected, held = self._hidden
         write_targets(self._model, calibrated, TeacherTargets(targets, writable=True), self._shares["calibration"])
-        self._write_log_probs("selection", selected, selection, scored)
-        likelihoods = self._write_log_probs("heldout", held, heldout, scored)
+        self._write_split("selection", selected, selection, scored)
+        likelihoods = self._write_split("heldout", held, heldout, scored)
         reduce_sum([likelihoods])
         return likelihoods
 
-    def _write_log_probs(self, split: str, hidden: HiddenStates, folder: Path, scored: slice) -> torch.Tensor:
+    def _write_split(self, split: str, hidden: HiddenStates, path: Path, scored: slice) -> torch.Tensor:
         """Writes this process's share; the returned likelihoods are 0 for the others'."""
         tokens_BT, mine = vars(self._blocks)[split], self._shares[split]
         n_scored = scored.stop - scored.start
-        writer = LogProbWriter(folder, len(tokens_BT) * n_scored, self._model.spec.vocab_size, join=True)
         likelihoods = torch.zeros(len(tokens_BT), n_scored)
-        found = write_log_probs(self._model, tokens_BT[mine], hidden, scored, writer, mine)
+        inputs = HeadInputs(path, writable=True)
+        found = write_predictions(self._model, tokens_BT[mine], hidden, scored, inputs, mine)
         likelihoods[mine] = found.view(-1, n_scored)
         return likelihoods.flatten()
 
