@@ -76,6 +76,7 @@ class PlainFlags:
     seed: int = _flag(42, "Order of training blocks.", in_recipe=True)
     dry_run: bool = _flag(False, "Print the plan and write the recipe beside OUT; read no weights.")
     save_student: bool = _flag(False, "Also write the student as a Hugging Face checkpoint.", in_recipe=True)
+    floors: bool = _flag(False, "Also run the original in each runtime: what the runtime alone changes.")
     force: bool = _flag(False, "Start although disk or memory look too small.")
     json: bool = _flag(False, "Print report.json instead of a table.")
 

@@ -50,7 +50,9 @@ class Plan:
     require: Mapping[str, float]  # thresholds that differ from the default
     out: Path
     command: str  # the command as it was typed, for the report
-    teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
+    teacher_floors: Mapping[str, TeacherFloor] = field(
+        default_factory=dict
+    )  # by artifact; absent: not asked for, or nothing fits
     end_tokens: tuple[int, ...] = ()  # of the source: each ends a text
     deviations: tuple[Deviation, ...] = ()  # of the files from the original, which no file can avoid
     imatrix: Path | None = None  # llama.cpp's importance matrix, in place of the calibration text's

@@ -78,6 +78,8 @@ def make_plan(job: Job, command: str) -> Plan:
         imatrix=None if job.imatrix is None else job.imatrix.resolve(),
         search=None if job.recipe is not None or job.quant is not None else job.search,
     )
+    if not job.floors:
+        return plan
     return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))
 
 

@@ -46,6 +46,7 @@ def job(toy_model: Path, small_texts: tuple[Path, Path], tmp_path_factory: pytes
         threads=1,
         context=512,
         save_student=True,
+        floors=True,
         out=out,
     ).job()
 

@@ -37,7 +37,7 @@ def plan(
 ) -> Plan:
     """A whole plan of a small model of this module's own; nothing is pruned or taught."""
     model = toy_checkpoint(tmp_path_factory.mktemp("pipeline"), n_layers=1)
-    job = _job(model, small_texts, save_student=True)
+    job = _job(model, small_texts, save_student=True, floors=True)
     return make_plan(job, "moe-export")
 
 

@@ -32,7 +32,7 @@ Command = Callable[..., Sequence[str]]
 def finished(tmp_path_factory: pytest.TempPathFactory, toy_command: Command, start_command: Run) -> tuple[Path, str]:
     """An uninterrupted run's output folder, and what it printed."""
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    result = start_command(toy_command(out, "--save-student"))
+    result = start_command(toy_command(out, "--save-student", "--floors"))
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout
 
