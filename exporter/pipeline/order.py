@@ -78,7 +78,7 @@ def _fingerprint(stage: Stage, plan: Plan, source: SourceState, earlier: Mapping
     recipe, needed = plan.recipe.model_dump(), needs(stage)
     parts = {
         "stage": [stage.name, stage.version],
-        "choices": {choice: recipe[choice] for choice in stage.choices},
+        "choices": {name: recipe[name] if name in recipe else getattr(plan, name) for name in stage.choices},
         "needs": [earlier[name] for name in needed if name in earlier],
         "source": asdict(source) if not needed else None,
     }

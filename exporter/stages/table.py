@@ -90,7 +90,7 @@ CALIBRATE = Stage(
         *(BLOCKS, STATISTICS, LAYER_INPUTS, TARGETS, SELECTION_PREDICTIONS, HELDOUT_PREDICTIONS, ROUTING),
         *(SUMMARY, LAST_WORDS),
     ),
-    choices=("source", "text", "arithmetic", "threads"),
+    choices=("source", "text", "arithmetic", "threads", "keeps_layer_inputs", "keeps_targets"),
     resumes=True,
     shared=True,
 )

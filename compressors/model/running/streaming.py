@@ -207,7 +207,7 @@ class StreamedModel:
                 progress(1)
         return hidden
 
-    def first_states(self, groups: Sequence[TokenGroup], n_kept: int = 1) -> list[HiddenStates]:
+    def first_states(self, groups: Sequence[TokenGroup], n_kept: int = 1, *, named: bool = False) -> list[HiddenStates]:
         """The hidden states that enter the first layer; ``n_kept`` such arrays fit the limit, or lie on disk."""
         sizes = [(*group.tokens_BT.shape, self.spec.hidden_size) for group in groups]
         n_bytes = sum(
@@ -216,7 +216,7 @@ class StreamedModel:
         )
         spill = self._place(n_kept * n_bytes).spill
         return [
-            self._embedded(group.tokens_BT, HiddenStates(size, group.dtype, spill))
+            self._embedded(group.tokens_BT, HiddenStates(size, group.dtype, spill, named=named))
             for size, group in zip(sizes, groups, strict=True)
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -46,8 +47,10 @@ class TeacherPass:
         blocks: token blocks of all three splits.
         place: gives the path for a result.
         dtype: dtype of the arithmetic on calibration text; the other texts are computed in float32, the reference.
-        limit: memory that this process may use.
+        limit: memory that this process may use; its folder is this pass's alone.
         device: the device that layers compute on.
+        layer_inputs: keep the inputs of layers, for error feedback.
+        targets: keep the most probable next tokens of calibration text, for training.
 
     Raises:
         InputError: the checkpoint cannot be read, or holds or gives values that are not finite.
@@ -61,7 +64,13 @@ class TeacherPass:
         dtype: torch.dtype,
         limit: MemoryLimit,
         device: torch.device,
+        *,
+        layer_inputs: bool,
+        targets: bool,
     ) -> None:
+        self._keeps_layer_inputs = layer_inputs
+        self._keeps_targets = targets
+        self._spill = limit.spill
         self._blocks = blocks
         self._place = place
         self._model = StreamedModel(Student.teacher(checkpoint), limit=limit, check_finite=True, device=device)
@@ -78,7 +87,8 @@ class TeacherPass:
     def run_layers(self, snapshot: Snapshot) -> Iterator[int]:
         """Runs the layers that are not done yet; yields the numbers of layers that became done."""
         n_layers = self._model.spec.n_layers
-        self._hidden = self._model.first_states(self._groups)
+        self._remove_spilled()  # of an attempt that was killed
+        self._hidden = self._model.first_states(self._groups, named=True)
         n_done = self._resumed(snapshot)
         yield n_done
         routing = _RoutingFiles(self._place(ROUTING).parent, self._blocks.heldout, self._model.spec, resumed=n_done > 0)
@@ -88,7 +98,8 @@ class TeacherPass:
             if is_first():
                 save_statistics(statistics, self._place(STATISTICS), layer)
             routing.write(layer, self._shares["heldout"], self._recorder.take(layer))
-            inputs.keep(layer + 1, self._hidden[0], self._shares["calibration"])
+            if inputs is not None:
+                inputs.keep(layer + 1, self._hidden[0], self._shares["calibration"])
             yield 1
             snapshot.keep(layer + 1, self._save_hidden)
         wait_for_all()
@@ -108,16 +119,26 @@ class TeacherPass:
         scored = scored_positions(blocks.heldout.shape[1])
         n_scored = scored.stop - scored.start
         if is_first():
-            TeacherTargets.create(targets, blocks.calibration.numel(), vocab_size)
+            if self._keeps_targets:
+                TeacherTargets.create(targets, blocks.calibration.numel(), vocab_size)
             for path, tokens_BT in ((selection, blocks.selection), (heldout, blocks.heldout)):
                 HeadInputs.create(path, len(tokens_BT) * n_scored, self._model.spec.hidden_size)
         wait_for_all()
         calibrated, selected, held = self._hidden
-        write_targets(self._model, calibrated, TeacherTargets(targets, writable=True), self._shares["calibration"])
+        if self._keeps_targets:
+            kept = TeacherTargets(targets, writable=True)
+            write_targets(self._model, calibrated, kept, self._shares["calibration"])
         self._write_split("selection", selected, selection, scored)
         likelihoods = self._write_split("heldout", held, heldout, scored)
         reduce_sum([likelihoods])
+        self._remove_spilled()
         return likelihoods
+
+    def _remove_spilled(self) -> None:
+        """Removes the files of hidden states, which have names so that they can become snapshots."""
+        if is_first():
+            shutil.rmtree(self._spill, ignore_errors=True)
+        wait_for_all()
 
     def _write_split(self, split: str, hidden: HiddenStates, path: Path, scored: slice) -> torch.Tensor:
         """Writes this process's share; the returned likelihoods are 0 for the others'."""
@@ -129,8 +150,10 @@ class TeacherPass:
         likelihoods[mine] = found.view(-1, n_scored)
         return likelihoods.flatten()
 
-    def _layer_inputs(self, *, resumed: bool) -> LayerInputs:
+    def _layer_inputs(self, *, resumed: bool) -> LayerInputs | None:
         """Opens the files of the layers' inputs, the first layer's filled in; each process writes its own blocks."""
+        if not self._keeps_layer_inputs:
+            return None
         tokens_BT, spec = self._blocks.calibration, self._model.spec
         if is_first() and not resumed:
             n_blocks = n_kept_blocks(*tokens_BT.shape)
