@@ -25,7 +25,7 @@ from exporter.publishing.environment import environment
 from exporter.publishing.floors import floors_of
 from exporter.publishing.outputs import Artifact
 from exporter.publishing.search_figures import named_types, search_figures
-from exporter.stages.inputs import heldout_domains, open_student, scheduled_blocks
+from exporter.stages.inputs import heldout_domains, scheduled_blocks, student_of_files
 from exporter.work.directory import StageRecord, WorkDirectory
 from validate.metrics.cloze import cloze_figures, load_last_words
 from validate.metrics.domains import domain_figures
@@ -62,7 +62,7 @@ def build_report(
     """Everything that the report says, as data for JSON."""
     recipe = final_recipe(plan, work)
     source = open_source(plan.source)
-    experts = open_student(plan, work).experts
+    experts = student_of_files(plan, work).experts
     student_spec = experts.spec_of(source.spec)
     summary = json.loads(work.path("calibrate", SUMMARY).read_text(encoding="utf-8"))
     rows = _Rows(plan, work, records, experts, summary["teacher"])

@@ -45,6 +45,7 @@ __all__ = [
     "open_student",
     "own_statistics",
     "scheduled_blocks",
+    "student_of_files",
     "teacher_predictions",
     "teacher_statistics",
     "token_blocks",
@@ -112,6 +113,15 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
     taught = work.paths("recover", RUNG_OVERLAY) if stage == "recover" else []
     overlays = [*reversed(taught), *work.paths("compress", OVERLAY)]  # the first that has a tensor wins
     return Student.load(open_source(plan.source), work.path("compress", EXPERT_MAP), overlays)
+
+
+def student_of_files(plan: Plan, work: WorkDirectory) -> Student:
+    """The student without the values that were changed, for which the files' own values stand.
+
+    Raises:
+        InputError: the map of experts is missing or damaged.
+    """
+    return Student.load(open_source(plan.source), work.path("compress", EXPERT_MAP))
 
 
 def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:

@@ -51,6 +51,7 @@ __all__ = [
     "CALIBRATE",
     "COMPRESS",
     "GGUF",
+    "OF_THE_REPORT",
     "OF_THE_RUN",
     "ONNX",
     "PARETO",
@@ -79,7 +80,8 @@ _FEEDBACK = _BLOCKS | files_of("calibrate", LAYER_INPUTS) | files_of("sensitivit
 _TRAINING = _BLOCKS | _STATISTICS | files_of("calibrate", TARGETS)  # training.training_of
 _LADDER = _TRAINING | files_of("calibrate", SELECTION_PREDICTIONS) | files_of("schedule", SCHEDULE)  # recover.Ladder
 _HELDOUT = _BLOCKS | files_of("calibrate", HELDOUT_PREDICTIONS)
-_SAME_WEIGHTS = files_of("validate_written", WRITTEN_PREDICTIONS, ROUTER_INPUTS) | files_of("compress", EXPERT_MAP)
+_MAP = files_of("compress", EXPERT_MAP)  # inputs.student_of_files
+_SAME_WEIGHTS = files_of("validate_written", WRITTEN_PREDICTIONS, ROUTER_INPUTS) | _MAP
 
 CALIBRATE = Stage(
     "calibrate",
@@ -225,7 +227,7 @@ VALIDATE_WRITTEN = Stage(
     "judge.reference",
     version=3,
     what="measure the written weights in torch",
-    reads=_STUDENT | _FILES | _BLOCKS,
+    reads=_MAP | _FILES | _BLOCKS,
     writes=(WRITTEN_EVALUATION, WRITTEN_PREDICTIONS, ROUTER_INPUTS),
 )
 VALIDATE_GGUF = Stage(
@@ -267,6 +269,25 @@ TEACHER_ONNX = Stage(
     writes=(EVALUATION, ROUTING, COST),
     crash_is_a_finding=True,
 )
+
+OF_THE_REPORT = (
+    _FILES
+    | files_of("student", STUDENT_FOLDER)
+    | files_of("calibrate", SUMMARY, ROUTING, LAST_WORDS)
+    | files_of("search", FOUND)
+    | files_of("compress", EXPERT_MAP)
+    | files_of("schedule", SCHEDULE)
+    | files_of("recover", RECOVERY)
+    | files_of("retune", RECOVERY)
+    | files_of("teacher_texts", GENERATION)
+    | files_of("validate_torch", EVALUATION)
+    | files_of("validate_written", WRITTEN_EVALUATION)
+    | files_of("validate_gguf", EVALUATION, MEASUREMENT)
+    | files_of("validate_onnx", EVALUATION, MEASUREMENT)
+    | files_of("teacher_gguf", EVALUATION, ROUTING, COST)
+    | files_of("teacher_onnx", EVALUATION, ROUTING, COST)
+)
+"""The files that the report and OUT are made of."""
 
 ALL_STAGES = (
     CALIBRATE,

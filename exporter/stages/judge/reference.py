@@ -9,12 +9,9 @@ import numpy.typing as npt
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.head_inputs import HeadInputs, RemadeLogProbs
-from compressors.model.sources.opening import open_source
-from compressors.model.sources.student import Student
 from exporter.estimating.planned_types import same_numbers
 from exporter.file_names import (
     EVALUATION,
-    EXPERT_MAP,
     HELDOUT_PREDICTIONS,
     ROUTER_INPUTS,
     WRITTEN_EVALUATION,
@@ -24,6 +21,7 @@ from exporter.planning.plan import Plan
 from exporter.stages.inputs import (
     memory_limit,
     open_student,
+    student_of_files,
     teacher_predictions,
     token_blocks,
     use_threads,
@@ -69,7 +67,7 @@ def validate_written(context: StageContext) -> None:
     """
     plan = context.plan
     use_threads(plan)
-    student = open_student(plan, context.work)
+    student = student_of_files(plan, context.work)
     heldout_BT = token_blocks(context.work).heldout.numpy()
     scored = scored_positions(heldout_BT.shape[1])
     n_scored = len(heldout_BT) * (scored.stop - scored.start)
@@ -92,7 +90,7 @@ def validate_written(context: StageContext) -> None:
 def same_weights(context: StageContext, artifact: str) -> dict[str, RemadeLogProbs]:
     """Torch's log-probabilities with an artifact's numbers, as a reference for its runtime."""
     plan, work = context.plan, context.work
-    student = Student.load(open_source(plan.source), work.path("compress", EXPERT_MAP))
+    student = student_of_files(plan, work)
     written = student.as_written(written_weights(plan, work, student.spec, [artifact])[artifact])
     numbers = _whose_numbers(plan, artifact)
     inputs = HeadInputs(work.path("validate_written", WRITTEN_PREDICTIONS, artifact=numbers))
