@@ -89,8 +89,8 @@ _TYPES = get_type_hints(Flags)
 _EXPORT_FLAGS = (
     *("budget", "budget_kind", "context", "kv_type", "formats", "out", "calibration", "text", "method", "experts"),
     *("student", "quant", "quantizer", "imatrix", "prefer", "plan_time", "recover", "recover_time", "require"),
-    *("recipe", "dry_run", "save_student", "keep_mtp", "memory", "device", "work_dir", "force", "offline", "revision"),
-    *("threads", "seed", "json"),
+    *("recipe", "dry_run", "save_student", "keep_mtp", "floors", "memory", "device", "work_dir", "force", "offline"),
+    *("revision", "threads", "seed", "json"),
 )
 """The flags of an export, in the order of ``--help``."""
 

@@ -59,10 +59,10 @@ LAYER_INPUTS = StageFile("layer_inputs")
 """The inputs of each of the teacher's layers, and of its head, for the first calibration tokens."""
 TARGETS = StageFile("targets")
 """The teacher's most probable next tokens at every calibration token."""
-SELECTION_LOG_PROBS = StageFile("selection")
-"""The teacher's full log-probabilities at the scored selection positions."""
-HELDOUT_LOG_PROBS = StageFile("heldout")
-"""The teacher's full log-probabilities at the scored held-out positions."""
+SELECTION_PREDICTIONS = StageFile("selection.npy")
+"""The teacher's predictions at the scored selection positions, as the inputs of its head."""
+HELDOUT_PREDICTIONS = StageFile("heldout.npy")
+"""The teacher's predictions at the scored held-out positions, as the inputs of its head."""
 SUMMARY = StageFile("summary.json")
 """The figures of texts and teacher for the report."""
 LAST_WORDS = StageFile("last_words.json")
@@ -111,8 +111,8 @@ STUDENT_FOLDER = StageFile("student")
 # ---- validate_*, teacher_gguf, teacher_onnx
 WRITTEN_EVALUATION = StageFile("{artifact}/evaluation.safetensors")
 """The evaluation of a file's numbers in torch."""
-WRITTEN_LOG_PROBS = StageFile("{artifact}/log_probs")
-"""The log-probabilities of a file's numbers in torch."""
+WRITTEN_PREDICTIONS = StageFile("{artifact}/predictions.npy")
+"""The predictions of a file's numbers in torch, as the inputs of their head."""
 ROUTER_INPUTS = StageFile("{artifact}/router_inputs")
 """The inputs of the routers in torch with a file's numbers; a student without routers has none."""
 MEASUREMENT = StageFile("measurement.json")

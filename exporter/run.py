@@ -18,7 +18,7 @@ from exporter.estimating.machine import measure_speeds
 from exporter.estimating.needs import memory_lines
 from exporter.file_names import MODEL_CARD, RECIPE, REPORT, REPORT_PAGE
 from exporter.pipeline.order import search_stages, stages_of
-from exporter.pipeline.parts import Part, budget_parts, found_parts, result_folder, save_plans
+from exporter.pipeline.parts import OF_ALL_FILES, Part, budget_parts, found_parts, result_folder, save_plans
 from exporter.pipeline.running import run_stages, source_of_run, unfinished
 from exporter.planning.job import Job
 from exporter.planning.plan import Plan
@@ -35,6 +35,7 @@ from exporter.publishing.json_text import json_text
 from exporter.publishing.model_name import local_path
 from exporter.publishing.outputs import Outputs, publish_folder, reserved
 from exporter.publishing.result import build_report, final_recipe
+from exporter.stages.table import OF_THE_REPORT
 from exporter.work.directory import WorkDirectory
 from exporter.work.input_state import refuse_changed_texts
 from exporter.writing.files import sha256_of
@@ -97,7 +98,10 @@ def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team 
         work.claim(identity)
         save_plans(parts)
         built = [found for part in parts for found in _searched(part, announce, team)]
-        reports = {part.name: _built(part, identity, announce, team) for part in built}
+        reports = {}
+        for part in built:
+            kept = () if part is built[-1] else OF_ALL_FILES
+            reports[part.name] = _built(part, identity, announce, team, kept)
         report = _published(job, work, reports) if len(built) > 1 else reports[built[0].name]
         work.remove()
     return Result(report, job.out)
@@ -136,8 +140,17 @@ def _searched(part: Part, announce: Callable[[str], None], team: Team | None) ->
     return found
 
 
-def _built(part: Part, identity: dict[str, Any], announce: Callable[[str], None], team: Team | None) -> dict[str, Any]:
-    """Runs the stages of a part and puts its output in its place; returns the report."""
+def _built(
+    part: Part,
+    identity: dict[str, Any],
+    announce: Callable[[str], None],
+    team: Team | None,
+    kept: Collection[str],
+) -> dict[str, Any]:
+    """Runs the stages of a part and puts its output in its place; returns the report.
+
+    The files of the stages in ``kept`` stay, for other parts.
+    """
     plan, work, stages = part.plan, part.work, stages_of(part.plan)
     to_do = unfinished(plan, work, stages)
     if plan.out.exists():  # one of several, from an earlier attempt
@@ -148,8 +161,9 @@ def _built(part: Part, identity: dict[str, Any], announce: Callable[[str], None]
         announce(part.name)
     if to_do:
         announce(_time_to_go(plan, to_do))
-    records = run_stages(plan, work, stages, announce, team)
+    records = run_stages(plan, work, stages, announce, team, kept)
     announce("write the report")
+    work = work.opening(OF_THE_REPORT)
     outputs = Outputs(plan, work)
     artifacts = outputs.collect()
     report = build_report(plan, work, records, artifacts) | {"job": identity}

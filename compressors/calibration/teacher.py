@@ -1,8 +1,8 @@
 """The teacher's predictions for training tokens, kept on disk so that teacher and student never share memory.
 
 For training tokens the 64 most probable next tokens and their log-probabilities are enough (512 bytes a token):
-everything else is one bucket. Selection and held-out tokens keep the full vocabulary
-(:mod:`compressors.model.predictions.log_probs`).
+everything else is one bucket. Of selection and held-out tokens the inputs of the head are kept, which give the full
+vocabulary again (:mod:`compressors.model.predictions.head_inputs`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 
 from compressors.calibration.sizes import TOP_TOKENS
 from compressors.model.files.array_file import ArrayFile
+from compressors.model.predictions.head_inputs import HeadInputs
 from compressors.model.predictions.log_probs import LogProbSink
 from compressors.model.predictions.losses import negative_log_likelihood
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.streaming import StreamedModel
 
-__all__ = ["TeacherTargets", "by_block", "write_log_probs", "write_targets"]
+__all__ = ["TeacherTargets", "by_block", "write_log_probs", "write_predictions", "write_targets"]
 
 
 class TeacherTargets:
@@ -93,13 +94,38 @@ def write_log_probs(
         The negative log-likelihood of the token that follows each of these positions: float32 [N].
     """
     n_scored = scored.stop - scored.start
-    targets = tokens_BT[:, scored.start + 1 : scored.stop + 1].flatten()
+    targets = _following(tokens_BT, scored)
     likelihoods = torch.empty(len(targets))
     for part, logits in model.logits_in_chunks(hidden, scored):
         for start, rows in by_block(part, n_scored, blocks):
             writer.write(start, logits[rows])
         likelihoods[part] = negative_log_likelihood(logits, targets[part])
     return likelihoods
+
+
+@torch.no_grad()
+def write_predictions(
+    model: StreamedModel,
+    tokens_BT: torch.Tensor,
+    hidden: HiddenStates,
+    scored: slice,
+    inputs: HeadInputs,
+    blocks: Sequence[int],
+) -> torch.Tensor:
+    """Writes the inputs of the head, of which log-probabilities are made again; else as :func:`write_log_probs`."""
+    n_scored = scored.stop - scored.start
+    targets = _following(tokens_BT, scored)
+    likelihoods = torch.empty(len(targets))
+    for part, of_head, logits in model.predictions_in_chunks(hidden, scored):
+        for start, rows in by_block(part, n_scored, blocks):
+            inputs.write(start, of_head[rows])
+        likelihoods[part] = negative_log_likelihood(logits, targets[part])
+    return likelihoods
+
+
+def _following(tokens_BT: torch.Tensor, scored: slice) -> torch.Tensor:
+    """The token that follows each scored position, block after block."""
+    return tokens_BT[:, scored.start + 1 : scored.stop + 1].flatten()
 
 
 def by_block(part: slice, per_block: int, blocks: Sequence[int]) -> list[tuple[int, slice]]:

@@ -11,7 +11,7 @@ import torch
 from compressors.calibration.teacher import by_block
 from compressors.model.errors import InputError
 from compressors.model.parallel import reduce_sum, share
-from compressors.model.predictions.log_probs import LogProbReader
+from compressors.model.predictions.log_probs import KnownLogProbs
 from compressors.model.predictions.losses import kl_divergence, negative_log_likelihood
 from compressors.model.running.expert_choice import ExpertChoice
 from compressors.model.running.memory import MemoryLimit
@@ -33,7 +33,7 @@ class Judgement:
 def judge(
     student: Student,
     tokens_BT: torch.Tensor,
-    teacher: LogProbReader,
+    teacher: KnownLogProbs,
     scored: slice,
     progress: Callable[[int], None] | None = None,
     limit: MemoryLimit | None = None,
@@ -73,7 +73,7 @@ def judge(
     return Judgement(divergence, math.exp(likelihood))
 
 
-def _check_vocabulary(teacher: LogProbReader, student: Student) -> None:
+def _check_vocabulary(teacher: KnownLogProbs, student: Student) -> None:
     n_tokens, vocab_size = teacher.rows(0, 1).shape[1], student.spec.vocab_size
     if n_tokens != vocab_size:
         raise InputError(

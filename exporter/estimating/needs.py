@@ -12,6 +12,7 @@ from compressors.calibration.sizes import TARGET_BYTES, layer_input_bytes, log_p
 from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import Kind
+from compressors.model.predictions.head_inputs import head_input_bytes
 from compressors.model.running.memory import PROCESS_BYTES, positions_at_once, working_bytes
 from compressors.recover.scopes import Scope
 from compressors.recover.training_memory import training_bytes
@@ -34,11 +35,10 @@ def disk_lines(plan: Plan) -> dict[str, int]:
     n_heldout = heldout_blocks(plan)
     n_blocks = text.calibration_blocks + text.selection_blocks + n_heldout
     scored = scored_positions(BLOCK_LENGTH)
-    # the teacher's; for the held-out text also torch's with each file's numbers and, if they are the same, the GGUF's
-    recorded_blocks = text.selection_blocks + n_heldout * (
-        1 + (2 if same_numbers(plan) else len(plan.recipe.artifacts))
-    )
-    n_scored = (scored.stop - scored.start) * recorded_blocks
+    # the teacher's, and for the held-out text also torch's with each file's numbers
+    n_scored = (scored.stop - scored.start) * (text.selection_blocks + n_heldout * (1 + _n_different(plan)))
+    # the GGUF's, for an ONNX file of the same numbers to be compared with
+    n_recorded = (scored.stop - scored.start) * n_heldout if same_numbers(plan) else 0
     # chosen experts and gate weights, 4 bytes each, and a margin: the teacher's by layer and together, the student's,
     # each artifact's in its runtime and in torch; some chunks of the original in each runtime and in torch
     n_artifacts = len(plan.recipe.artifacts)
@@ -51,20 +51,26 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "hidden states": 3 * n_blocks * BLOCK_LENGTH * spec.hidden_size * 4,
         "layer inputs": layer_input_bytes(spec, text.calibration_blocks * BLOCK_LENGTH),
         "layer inputs of the student, while codes are chosen": _student_layer_input_bytes(plan),
-        "log-probabilities in 16 bits": log_prob_bytes(n_scored, spec.vocab_size),
+        "predictions": head_input_bytes(n_scored, spec.hidden_size),
+        "log-probabilities in 16 bits": log_prob_bytes(n_recorded, spec.vocab_size),
         "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
         "training": _training_bytes(plan),
         "the original, unquantized, while it is measured": max(
             (floor.file_bytes for floor in plan.teacher_floors.values()), default=0
         ),
         "routing": n_routings * n_heldout * BLOCK_LENGTH * spec.n_layers * (spec.top_k * 8 + 4),
-        "router inputs": (1 if same_numbers(plan) else len(plan.recipe.artifacts)) * _router_input_bytes(plan),
+        "router inputs": _n_different(plan) * _router_input_bytes(plan),
         "statistics": spec.n_layers * _statistics_bytes(spec) + _own_statistics_bytes(plan),
         "sensitivities": _sensitivity_bytes(spec) if plan.search is not None or plan.recipe.chooses_codes else 0,
         "what the search looks at": _search_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
     }
     return {what: n_bytes for what, n_bytes in lines.items() if n_bytes}
+
+
+def _n_different(plan: Plan) -> int:
+    """The number of files of numbers of their own."""
+    return 1 if same_numbers(plan) else len(plan.recipe.artifacts)
 
 
 _OF_ALL_BUDGETS = (
@@ -92,11 +98,12 @@ def memory_lines(spec: ModelSpec, student: ModelSpec, itemsize: int) -> dict[str
         student: the student; the one expert of a dense layer is wider than any of the source's.
         itemsize: bytes of a stored weight.
     """
-    layer = max(layer.parameters for layer in spec.layers)
-    head = spec.vocab_size * spec.hidden_size
+    layers = 2 * itemsize * max(layer.parameters for layer in spec.layers)
+    # the heads are read when the layers are gone: the student's, widened, and the original's, to compare with it
+    heads = (4 + itemsize) * spec.vocab_size * spec.hidden_size
     lines = {
-        # one computes while the next is read; the head is read when the layers are gone, and widened
-        "two decoder layers" if layer >= head else "the head": 2 * max(layer, head) * itemsize,
+        # one computes while the next is read
+        "two decoder layers" if layers >= heads else "the head of the student and of the original": max(layers, heads),
         "activations and an expert in float32": max(working_bytes(spec), working_bytes(student)),
         "logits": positions_at_once(spec.vocab_size) * spec.vocab_size * 4,
     }

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import takewhile
 
+from exporter.file_names import StageFile
 from exporter.planning.plan import Plan
 from exporter.stages.table import (
     ALL_STAGES,
     CALIBRATE,
     GGUF,
+    OF_THE_REPORT,
     ONNX,
     PARETO,
     RETUNE,
@@ -27,7 +29,7 @@ from exporter.stages.table import (
 from exporter.work.input_state import SourceState
 from exporter.work.stage import Stage
 
-__all__ = ["fingerprints", "needs", "pareto_stages", "search_stages", "stages_of"]
+__all__ = ["fingerprints", "needless", "needs", "pareto_stages", "search_stages", "stages_of"]
 
 
 def stages_of(plan: Plan) -> tuple[Stage, ...]:
@@ -66,6 +68,14 @@ def needs(stage: Stage) -> tuple[str, ...]:
     return tuple(other.name for other in earlier if stage.depends_on(other))
 
 
+def needless(done: Sequence[Stage], to_come: Sequence[Stage]) -> dict[str, list[StageFile]]:
+    """The files of stages that are done, by stage, which no stage to come reads, nor the report."""
+    needed = OF_THE_REPORT.union(*(stage.reads for stage in to_come))
+    return {
+        stage.name: [file for file in stage.writes if file.name and (stage.name, file) not in needed] for stage in done
+    }
+
+
 def fingerprints(plan: Plan, stages: Sequence[Stage], source: SourceState) -> dict[str, str]:
     """Returns for each stage a digest of all that its outputs depend on, including the stages it needs."""
     digests: dict[str, str] = {}
@@ -78,7 +88,7 @@ def _fingerprint(stage: Stage, plan: Plan, source: SourceState, earlier: Mapping
     recipe, needed = plan.recipe.model_dump(), needs(stage)
     parts = {
         "stage": [stage.name, stage.version],
-        "choices": {choice: recipe[choice] for choice in stage.choices},
+        "choices": {name: recipe[name] if name in recipe else getattr(plan, name) for name in stage.choices},
         "needs": [earlier[name] for name in needed if name in earlier],
         "source": asdict(source) if not needed else None,
     }

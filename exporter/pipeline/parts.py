@@ -22,10 +22,11 @@ from exporter.planning.recipe import Recipe
 from exporter.planning.recovery import RefusedRung
 from exporter.work.directory import WorkDirectory, make_folder
 
-__all__ = ["Part", "budget_parts", "found_parts", "result_folder", "save_plans"]
+__all__ = ["OF_ALL_FILES", "Part", "budget_parts", "found_parts", "result_folder", "save_plans"]
 
 _OF_ALL_BUDGETS = frozenset({"calibrate", "sensitivity", "teacher_texts"})
-_OF_ALL_FILES = _OF_ALL_BUDGETS | {"search"}
+OF_ALL_FILES = _OF_ALL_BUDGETS | {"search"}
+"""The stages that a part may share with others."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _found(part: Part, entry: dict[str, Any], *, alone: bool) -> Part:
         out=part.plan.out if alone else result_folder(part.work, name),
         search=None,
     )
-    return Part(name, plan, part.work.part(f"found-{entry['name']}", _OF_ALL_FILES))
+    return Part(name, plan, part.work.part(f"found-{entry['name']}", OF_ALL_FILES))
 
 
 def _kept_plan(work: WorkDirectory, job: Job) -> Plan | None:

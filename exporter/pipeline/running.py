@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from compressors.model.errors import InputError, MoeExportError
-from exporter.pipeline.order import fingerprints
+from exporter.pipeline.order import fingerprints, needless
 from exporter.pipeline.stage_process import Death, run_in_process, source_error
 from exporter.planning.plan import Plan
 from exporter.processes.team import Team
@@ -36,10 +36,18 @@ def run_stages(
     stages: Sequence[Stage],
     announce: Callable[[str], None],
     team: Team | None = None,
+    kept: Collection[str] | None = None,
 ) -> dict[str, StageRecord]:
     """Runs the unfinished stages, each in its own process, and returns all records.
 
-    A ``team`` takes part in the stages that can be shared.
+    Args:
+        plan: the plan.
+        work: its work.
+        stages: the stages, in their order.
+        announce: called with a text for each stage.
+        team: other processes, which take part in the stages that can be shared.
+        kept: the stages whose files stay, because others than these stages need them; of the rest a file is removed
+            when neither a stage to come nor the report reads it. None: all files stay.
 
     Raises:
         InputError: the checkpoint is not the one that the run began with.
@@ -51,17 +59,39 @@ def run_stages(
     source.save(work.source_path)
     expected = fingerprints(plan, stages, source)
     records: dict[str, StageRecord] = {}
-    few = len(unfinished(plan, work, stages)) <= _FEW
+    to_do = _to_do(work, stages, expected)
+    few = len(to_do) <= _FEW
     for number, stage in enumerate(stages, start=1):
-        record = work.record(stage.name)
-        if record is not None and record.fingerprint == expected[stage.name]:
+        record = None if stage.name in to_do else work.record(stage.name)
+        if record is not None:
             announce(f"[{number}/{len(stages)}] {stage.what}: done already")
         else:
             announce(f"[{number}/{len(stages)}] {stage.what}")
             record = _run(stage, plan, work, expected[stage.name], team if stage.shared else None, alone=few)
             announce(f"      {record.seconds:.0f} s, {record.peak_rss_bytes / 1e6:.0f} MB")
         records[stage.name] = record
+        if kept is not None:
+            to_come = [other for other in stages[number:] if other.name in to_do]
+            _remove_needless(work, [other for other in stages[:number] if other.name not in kept], to_come)
     return records
+
+
+def _to_do(work: WorkDirectory, stages: Sequence[Stage], expected: Mapping[str, str]) -> set[str]:
+    """The stages that are not done, and those before them whose files they read and that were removed since."""
+    to_do: set[str] = set()
+    wanted: set[tuple[str, str]] = set()
+    for stage in reversed(stages):
+        record = work.record(stage.name)
+        is_done = record is not None and record.fingerprint == expected[stage.name]
+        if not is_done or any((stage.name, file) in wanted for file in work.removed(stage.name)):
+            to_do.add(stage.name)
+            wanted |= {(writer, file.name) for writer, file in stage.reads}
+    return to_do
+
+
+def _remove_needless(work: WorkDirectory, done: Sequence[Stage], to_come: Sequence[Stage]) -> None:
+    for name, files in needless(done, to_come).items():
+        work.remove_files(name, files)
 
 
 def source_of_run(plan: Plan, work: WorkDirectory) -> tuple[SourceState, str | None]:
@@ -94,8 +124,8 @@ def unfinished(plan: Plan, work: WorkDirectory, stages: Sequence[Stage]) -> list
         InputError: the checkpoint is not the one that the run began with.
     """
     expected = fingerprints(plan, stages, source_of_run(plan, work)[0])
-    records = {stage.name: work.record(stage.name) for stage in stages}
-    return [name for name, record in records.items() if record is None or record.fingerprint != expected[name]]
+    to_do = _to_do(work, stages, expected)
+    return [stage.name for stage in stages if stage.name in to_do]
 
 
 def _run(

@@ -51,9 +51,13 @@ class Plan:
     require: Mapping[str, float]  # thresholds that differ from the default
     out: Path
     command: str  # the command as it was typed, for the report
-    teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
+    teacher_floors: Mapping[str, TeacherFloor] = field(
+        default_factory=dict
+    )  # by artifact; absent: not asked for, or nothing fits
     end_tokens: tuple[int, ...] = ()  # of the source: each ends a text
     deviations: tuple[Deviation, ...] = ()  # of the files from the original, which no file can avoid
+    may_choose_codes: bool = False  # error feedback may choose codes, in a recipe that a search finds
+    may_train: bool = False  # recovery may train, in a recipe that a search finds
     imatrix: Path | None = None  # llama.cpp's importance matrix, in place of the calibration text's
     search: Search | None = None  # how to find the recipe after calibration; None: the recipe stands
     curve: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that moe-export pareto compares
@@ -75,6 +79,16 @@ class Plan:
     def student_spec(self) -> ModelSpec:
         """The model after compression; where statistics will decide which layers shrink, it assumes the last ones."""
         return expected_spec(self.recipe.compress, self.teacher_spec)
+
+    @property
+    def keeps_layer_inputs(self) -> bool:
+        """True if calibration keeps the inputs of layers: the second moments of error feedback are made of them."""
+        return self.may_choose_codes or self.recipe.chooses_codes
+
+    @property
+    def keeps_targets(self) -> bool:
+        """True if calibration keeps the teacher's most probable tokens: students are taught them."""
+        return self.may_train or bool(self.recipe.recover.trained)
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON."""

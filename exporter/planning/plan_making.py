@@ -61,6 +61,7 @@ def make_plan(job: Job, command: str) -> Plan:
         from exporter.writing.gguf.imatrix import read_imatrix  # it needs torch
 
         read_imatrix(job.imatrix, checkpoint.spec)  # refused now, not by a stage
+    search = None if job.recipe is not None or job.quant is not None else job.search
     plan = Plan(
         recipe=recipe,
         source=whole_path(checkpoint.path),
@@ -77,9 +78,13 @@ def make_plan(job: Job, command: str) -> Plan:
         command=command,
         end_tokens=special_tokens(checkpoint.tokenizer_folder, checkpoint.spec.vocab_size).ends,
         deviations=find_deviations(checkpoint, recipe.artifacts, recipe.source.model),
+        may_choose_codes=search is not None and recipe.chooses_codes,
+        may_train=search is not None and search.recover != "none",
         imatrix=None if job.imatrix is None else job.imatrix.resolve(),
-        search=None if job.recipe is not None or job.quant is not None else job.search,
+        search=search,
     )
+    if not job.floors:
+        return plan
     return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))
 
 

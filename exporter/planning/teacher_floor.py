@@ -1,8 +1,8 @@
 """Chooses how much of the unquantized original is measured in a runtime: once, from the machine, before any work.
 
-The original is written in a type that holds its numbers exactly, measured, and removed again. As many of its first
-layers are taken as fit half of the memory that the run may use and half of the disk that it leaves free: all of them
-if they do.
+It is measured only where somebody asks for it, as it costs another pass and its own size on the disk. The original is
+written in a type that holds its numbers exactly, measured, and removed again. As many of its first layers are taken as
+fit half of the memory that the run may use and half of the disk that it leaves free: all of them if they do.
 """
 
 from __future__ import annotations

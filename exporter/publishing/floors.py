@@ -41,7 +41,7 @@ def floors_of(
 def _teacher(
     artifact: str, plan: Plan, work: WorkDirectory, records: Mapping[str, StageRecord]
 ) -> dict[str, Any] | None:
-    """The original's floor; None if not one layer fits the machine; with ``error`` set if the runtime died."""
+    """The original's floor; None if it was not asked for, or none fits; with ``error`` set if the runtime died."""
     floor = plan.teacher_floors.get(artifact)
     if floor is None:
         return None

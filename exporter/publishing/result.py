@@ -24,7 +24,7 @@ from exporter.publishing.environment import environment
 from exporter.publishing.floors import floors_of
 from exporter.publishing.outputs import Artifact
 from exporter.publishing.search_figures import named_types, search_figures
-from exporter.stages.finished import heldout_domains, open_student, scheduled_blocks
+from exporter.stages.finished import heldout_domains, scheduled_blocks, student_of_files
 from exporter.work.directory import StageRecord, WorkDirectory
 from validate.metrics.cloze import cloze_figures, load_last_words
 from validate.metrics.domains import domain_figures
@@ -61,7 +61,7 @@ def build_report(
     """Everything that the report says, as data for JSON."""
     recipe = final_recipe(plan, work)
     source = plan.open_source()
-    experts = open_student(plan, work).experts
+    experts = student_of_files(plan, work).experts
     student_spec = experts.spec_of(source.spec)
     summary = json.loads(work.path("calibrate", SUMMARY).read_text(encoding="utf-8"))
     rows = _Rows(plan, work, records, experts, summary["teacher"])

@@ -26,6 +26,7 @@ __all__ = [
     "heldout_domains",
     "open_student",
     "scheduled_blocks",
+    "student_of_files",
     "whose_numbers",
     "written_evaluation",
 ]
@@ -49,6 +50,15 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
     taught = work.paths("recover", RUNG_OVERLAY) if stage == "recover" else []
     overlays = [*reversed(taught), *work.paths("compress", OVERLAY)]  # the first that has a tensor wins
     return Student.load(plan.open_source(), work.path("compress", EXPERT_MAP), overlays)
+
+
+def student_of_files(plan: Plan, work: WorkDirectory) -> Student:
+    """The student without the values that were changed, for which the files' own values stand.
+
+    Raises:
+        InputError: the map of experts is missing or damaged.
+    """
+    return Student.load(plan.open_source(), work.path("compress", EXPERT_MAP))
 
 
 def scheduled_blocks(work: WorkDirectory) -> list[int]:

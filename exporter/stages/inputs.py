@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from compressors.calibration.statistics import Importance, StoredStatistics, importance, importance_of_kept
 from compressors.model.description.spec import ModelSpec
+from compressors.model.predictions.head_inputs import HeadInputs, RemadeLogProbs
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import Student
 from compressors.model.sources.weights import WrittenWeights
-from exporter.file_names import BLOCKS, STATISTICS
+from exporter.file_names import BLOCKS, STATISTICS, StageFile
 from exporter.planning.plan import Plan
-from exporter.stages.finished import artifact_path, heldout_domains, open_student, scheduled_blocks
+from exporter.stages.finished import artifact_path, heldout_domains, open_student, scheduled_blocks, student_of_files
 from exporter.work.directory import WorkDirectory
 from exporter.work.stage import StageContext
 from exporter.writing.gguf.imatrix import read_imatrix
@@ -32,6 +33,8 @@ __all__ = [
     "open_student",
     "own_statistics",
     "scheduled_blocks",
+    "student_of_files",
+    "teacher_predictions",
     "teacher_statistics",
     "token_blocks",
     "use_threads",
@@ -62,6 +65,16 @@ def token_blocks(work: WorkDirectory) -> Blocks:
     return Blocks.load(work.path("calibrate", BLOCKS))
 
 
+def teacher_predictions(plan: Plan, work: WorkDirectory, split: StageFile) -> RemadeLogProbs:
+    """The teacher's log-probabilities at a split's scored positions; its head is read for them.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    inputs = HeadInputs(work.path("calibrate", split))
+    return RemadeLogProbs(inputs, Student.teacher(plan.open_source()), torch.device(plan.device))
+
+
 def teacher_statistics(plan: Plan, work: WorkDirectory) -> StoredStatistics:
     """The teacher's sums over the calibration tokens; each layer's are read when they are asked for."""
     return StoredStatistics(work.path("calibrate", STATISTICS), len(plan.teacher_spec.blocks))
@@ -87,10 +100,12 @@ def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importan
     return importance(teacher_statistics(plan, work), student.experts, student.spec)
 
 
-def written_weights(plan: Plan, work: WorkDirectory, spec: ModelSpec) -> dict[str, WrittenWeights]:
-    """The files that a plan writes, opened, by artifact."""
+def written_weights(
+    plan: Plan, work: WorkDirectory, spec: ModelSpec, artifacts: Sequence[str] | None = None
+) -> dict[str, WrittenWeights]:
+    """The files that a plan writes, or some of them, opened, by artifact."""
     readers: Mapping[str, Callable[[Path, ModelSpec], WrittenWeights]] = {"gguf": GgufWeights, "onnx": OnnxWeights}
-    return {name: readers[name](artifact_path(work, name), spec) for name in plan.recipe.artifacts}
+    return {name: readers[name](artifact_path(work, name), spec) for name in artifacts or plan.recipe.artifacts}
 
 
 def memory_limit(context: StageContext) -> MemoryLimit:

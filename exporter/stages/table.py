@@ -16,7 +16,7 @@ from exporter.file_names import (
     FOUND,
     GENERATION,
     GGUF_FILE,
-    HELDOUT_LOG_PROBS,
+    HELDOUT_PREDICTIONS,
     LAST_WORDS,
     LAYER_INPUTS,
     LOG_PROBS,
@@ -33,7 +33,7 @@ from exporter.file_names import (
     RUNG_OVERLAY,
     RUNG_RESULT,
     SCHEDULE,
-    SELECTION_LOG_PROBS,
+    SELECTION_PREDICTIONS,
     SENSITIVITIES,
     STATISTICS,
     STUDENT_FOLDER,
@@ -41,7 +41,7 @@ from exporter.file_names import (
     TARGETS,
     TRIAL,
     WRITTEN_EVALUATION,
-    WRITTEN_LOG_PROBS,
+    WRITTEN_PREDICTIONS,
 )
 from exporter.work.directory import Reads
 from exporter.work.stage import Stage, files_of
@@ -51,6 +51,7 @@ __all__ = [
     "CALIBRATE",
     "COMPRESS",
     "GGUF",
+    "OF_THE_REPORT",
     "OF_THE_RUN",
     "ONNX",
     "PARETO",
@@ -77,9 +78,10 @@ _FILES = files_of("gguf", GGUF_FILE) | files_of("onnx", ONNX_FOLDER)  # inputs.w
 _STATISTICS = files_of("compress", STATISTICS) | files_of("calibrate", STATISTICS)  # inputs.importance_of
 _FEEDBACK = _BLOCKS | files_of("calibrate", LAYER_INPUTS) | files_of("sensitivity", SENSITIVITIES)  # feedback_for
 _TRAINING = _BLOCKS | _STATISTICS | files_of("calibrate", TARGETS)  # training.training_of
-_LADDER = _TRAINING | files_of("calibrate", SELECTION_LOG_PROBS) | files_of("schedule", SCHEDULE)  # recover.Ladder
-_HELDOUT = _BLOCKS | files_of("calibrate", HELDOUT_LOG_PROBS)
-_SAME_WEIGHTS = files_of("validate_written", WRITTEN_LOG_PROBS, ROUTER_INPUTS)
+_LADDER = _TRAINING | files_of("calibrate", SELECTION_PREDICTIONS) | files_of("schedule", SCHEDULE)  # recover.Ladder
+_HELDOUT = _BLOCKS | files_of("calibrate", HELDOUT_PREDICTIONS)
+_MAP = files_of("compress", EXPERT_MAP)  # finished.student_of_files
+_SAME_WEIGHTS = files_of("validate_written", WRITTEN_PREDICTIONS, ROUTER_INPUTS) | _MAP
 
 CALIBRATE = Stage(
     "calibrate",
@@ -87,10 +89,10 @@ CALIBRATE = Stage(
     version=8,
     what="run the teacher over the calibration text",
     writes=(
-        *(BLOCKS, STATISTICS, LAYER_INPUTS, TARGETS, SELECTION_LOG_PROBS, HELDOUT_LOG_PROBS, ROUTING),
+        *(BLOCKS, STATISTICS, LAYER_INPUTS, TARGETS, SELECTION_PREDICTIONS, HELDOUT_PREDICTIONS, ROUTING),
         *(SUMMARY, LAST_WORDS),
     ),
-    choices=("source", "text", "arithmetic", "threads"),
+    choices=("source", "text", "arithmetic", "threads", "keeps_layer_inputs", "keeps_targets"),
     resumes=True,
     shared=True,
 )
@@ -223,10 +225,10 @@ VALIDATE_TORCH = Stage(
 VALIDATE_WRITTEN = Stage(
     "validate_written",
     "judge.reference",
-    version=2,
+    version=3,
     what="measure the written weights in torch",
-    reads=_STUDENT | _FILES | _BLOCKS,
-    writes=(WRITTEN_EVALUATION, WRITTEN_LOG_PROBS, ROUTER_INPUTS),
+    reads=_MAP | _FILES | _BLOCKS,
+    writes=(WRITTEN_EVALUATION, WRITTEN_PREDICTIONS, ROUTER_INPUTS),
 )
 VALIDATE_GGUF = Stage(
     "validate_gguf",
@@ -267,6 +269,25 @@ TEACHER_ONNX = Stage(
     writes=(EVALUATION, ROUTING, COST),
     crash_is_a_finding=True,
 )
+
+OF_THE_REPORT = (
+    _FILES
+    | files_of("student", STUDENT_FOLDER)
+    | files_of("calibrate", SUMMARY, ROUTING, LAST_WORDS)
+    | files_of("search", FOUND)
+    | files_of("compress", EXPERT_MAP)
+    | files_of("schedule", SCHEDULE)
+    | files_of("recover", RECOVERY)
+    | files_of("retune", RECOVERY)
+    | files_of("teacher_texts", GENERATION)
+    | files_of("validate_torch", EVALUATION)
+    | files_of("validate_written", WRITTEN_EVALUATION)
+    | files_of("validate_gguf", EVALUATION, MEASUREMENT)
+    | files_of("validate_onnx", EVALUATION, MEASUREMENT)
+    | files_of("teacher_gguf", EVALUATION, ROUTING, COST)
+    | files_of("teacher_onnx", EVALUATION, ROUTING, COST)
+)
+"""The files that the report and OUT are made of."""
 
 ALL_STAGES = (
     CALIBRATE,

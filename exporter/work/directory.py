@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -257,13 +257,42 @@ class WorkDirectory:
                 self.remove()
 
     def record(self, name: str) -> StageRecord | None:
-        """The record of a finished stage; None if it is not finished, or its files are not those that it left."""
+        """The record of a finished stage; None if it is not finished, or its files are not those that it left.
+
+        Files that were removed because nothing needed them (:meth:`remove_files`) are not missed.
+        """
         folder = self.stage(name)
         try:
             kept = json.loads((folder / STAGE_RECORD).read_text(encoding="utf-8"))
-            return StageRecord(**kept["record"]) if kept["files"] == _sizes(folder) else None
-        except (OSError, ValueError, TypeError, KeyError):
+            gone = _paths_of(kept.get("removed", ()), [*kept["files"], *_sizes(folder)])
+            before, now = (_without(sizes, gone) for sizes in (kept["files"], _sizes(folder)))
+            return StageRecord(**kept["record"]) if before == now else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
+
+    def removed(self, name: str) -> frozenset[str]:
+        """The names of the files of a finished stage that were removed; none if it is not finished."""
+        try:
+            kept = json.loads((self.stage(name) / STAGE_RECORD).read_text(encoding="utf-8"))
+            return frozenset(kept.get("removed", ()))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return frozenset()
+
+    def remove_files(self, name: str, files: Collection[StageFile]) -> None:
+        """Removes files of a finished stage that nothing needs any more. The stage stays finished.
+
+        What is removed is noted first, so a kill in between leaves files that are not missed if they are gone.
+        """
+        folder = self.stage(name)
+        there = [file for file in files if file.all_within(folder)]
+        if not there:
+            return
+        kept = json.loads((folder / STAGE_RECORD).read_text(encoding="utf-8"))
+        kept["removed"] = sorted({*kept.get("removed", ()), *(file.name for file in there)})
+        write_atomically(folder / STAGE_RECORD, json.dumps(kept, indent=1, sort_keys=True))
+        for file in there:
+            for path in file.all_within(folder):
+                _remove(path)
 
     def begin(self, name: str, fingerprint: str, *, resumes: bool = True) -> Path:
         """The folder for a stage to write into: empty, or as a killed attempt with the same fingerprint left it.
@@ -338,6 +367,21 @@ def _sizes(folder: Path) -> dict[str, int]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (STAGE_RECORD, STAGE_FINGERPRINT)
     }
+
+
+def _without(sizes: Mapping[str, int], gone: Collection[str]) -> dict[str, int]:
+    return {path: size for path, size in sizes.items() if path not in gone}
+
+
+def _paths_of(names: Collection[str], paths: Collection[str]) -> set[str]:
+    """Those of the paths below a stage's folder that are files of these names, or lie in a folder of such a name."""
+    patterns = [PurePath(StageFile(name).pattern) for name in names]
+
+    def is_named(path: PurePath) -> bool:
+        starts = (PurePath(*path.parts[: len(pattern.parts)]) for pattern in patterns)
+        return any(start.match(str(pattern)) for start, pattern in zip(starts, patterns, strict=True))
+
+    return {path for path in paths if is_named(PurePath(path))}
 
 
 def _text(path: Path) -> str | None:

@@ -33,7 +33,7 @@ class Stage:
     reads: Reads = frozenset()
     writes: tuple[StageFile, ...] = ()
     rewrites: Reads = frozenset()  # files of other stages that it changes
-    choices: tuple[str, ...] = ()  # parts of the recipe that its outputs depend on
+    choices: tuple[str, ...] = ()  # parts of the recipe, or of the plan, that its outputs depend on
     resumes: bool = False  # it continues with the files of a killed attempt
     shared: bool = False  # all processes of a team take part
     crash_is_a_finding: bool = False  # it runs an external runtime, whose death is a result

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressors.model.predictions.head_inputs import HeadInputs
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import LayerObserver, StreamedModel, TokenGroup
@@ -20,7 +21,8 @@ __all__ = ["TorchBackend"]
 class TorchBackend:
     """A student in torch; implements :class:`validate.runtimes.backend.Backend`.
 
-    A dense student's one expert is always chosen, so it has no routing.
+    A dense student's one expert is always chosen, so it has no routing. With ``kept``, which has room for them, the
+    predictions at the scored positions of all chunks are kept too.
     """
 
     runtime = "torch"
@@ -31,11 +33,13 @@ class TorchBackend:
         progress: Callable[[int], None] | None = None,
         limit: MemoryLimit | None = None,
         observers: Sequence[LayerObserver] = (),
+        kept: HeadInputs | None = None,
     ) -> None:
         self._student = student
         self._progress = progress
         self._limit = limit
         self._observers = observers
+        self._kept = kept
 
     @property
     def version(self) -> str:
@@ -57,6 +61,9 @@ class TorchBackend:
             for chunk in range(len(states)):
                 tokens = slice(chunk * n_tokens, (chunk + 1) * n_tokens)
                 (hidden_TD,) = states.read(slice(chunk, chunk + 1))
+                if self._kept is not None:
+                    start = chunk * (scored.stop - scored.start)
+                    self._kept.write(start, model.head_inputs(hidden_TD[scored]))
                 yield ChunkOutput(
                     logits_SV=head(hidden_TD[scored]).numpy(),
                     routing=None if routing is None else routing.tokens(tokens),

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "KnownLogProbs",
     "LogProbReader",
     "LogProbSink",
     "LogProbWriter",
     "decode_log_probs",
     "encode_log_probs",
     "log_sum_exp",
+    "without_impossible",
 ]
 
 _RANGE_NATS = 16.0
@@ -70,8 +72,21 @@ def decode_log_probs(codes_NV: torch.Tensor, scale_and_smallest_N2: torch.Tensor
     return codes_NV.mul_(scale_and_smallest_N2[:, :1]).add_(scale_and_smallest_N2[:, 1:])
 
 
+def without_impossible(codes_NV: torch.Tensor, scale_and_smallest_N2: torch.Tensor) -> torch.Tensor:
+    """As :func:`decode_log_probs`, also in place, but tokens out of range get -inf."""
+    impossible = (codes_NV == 0) & (scale_and_smallest_N2[:, :1] * _STEPS >= _RANGE_NATS * (1 - 1e-6))
+    return decode_log_probs(codes_NV, scale_and_smallest_N2).masked_fill_(impossible, -torch.inf)
+
+
 def _paths(folder: Path) -> tuple[Path, Path]:
     return folder / "codes.npy", folder / "scale_and_minimum.npy"
+
+
+class KnownLogProbs(Protocol):
+    """A model's log-probabilities at all scored positions, whether they were kept or are made again."""
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Log-probabilities of positions start..stop: float32 [stop - start, V], -inf for impossible tokens."""
 
 
 class LogProbSink(Protocol):
@@ -121,11 +136,7 @@ class LogProbReader:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Log-probabilities of positions start..stop: float32 [stop - start, V], -inf for impossible tokens."""
-        import torch
-
-        codes, ranges = self._read(start, stop)
-        impossible = (codes == 0) & (ranges[:, :1] * _STEPS >= _RANGE_NATS * (1 - 1e-6))
-        return decode_log_probs(codes, ranges).masked_fill_(impossible, -torch.inf)
+        return without_impossible(*self._read(start, stop))
 
     def decoded(self, start: int, stop: int) -> torch.Tensor:
         """The log-probabilities; impossible tokens have the smallest one, as llama-perplexity reads its file."""

@@ -1,4 +1,8 @@
-"""Hidden states of many token blocks between two decoder layers, in memory or, when they do not fit, in a file."""
+"""Hidden states of many token blocks between two decoder layers, in memory or, when they do not fit, in a file.
+
+A snapshot of states that lie in a file is that file, under another name: it stays as it is, and the next layer's
+outputs go into a new one. So there are never more than two such files, the newest snapshot and the states in use.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,21 @@ class HiddenStates:
         shape: (B, T, D).
         dtype: float32 or bfloat16.
         spill: a folder for an unnamed file with the values, which vanishes with the process; None: they stay in memory.
+        named: the file has a name, so that it can become a snapshot; whoever owns the folder removes it.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, spill: Path | None = None) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, spill: Path | None = None, *, named: bool = False
+    ) -> None:
         self.shape = shape
         self.dtype = dtype
         self.spill = spill
+        self._named = named
         self._memory = torch.empty(shape, dtype=dtype) if spill is None else None
-        self._file = None if spill is None else _nameless_file(spill, shape, dtype)
+        self._file = None if spill is None else _new_file(spill, shape, dtype, named=named)
+        self._is_snapshot = False  # the file is one: it must stay as it is
+        self._next: ArrayFile | None = None  # takes the place of a snapshot when all blocks are written
+        self._n_next = 0  # blocks that it has
 
     @property
     def n_bytes(self) -> int:
@@ -46,12 +57,22 @@ class HiddenStates:
         return torch.from_numpy(self._file.read(blocks.start, blocks.stop)).view(self.dtype)
 
     def write(self, blocks: slice, states_BTD: torch.Tensor) -> None:
-        """Replaces these blocks."""
+        """Replaces these blocks. After a snapshot, reads give its values until all blocks are replaced, each once."""
         if self._memory is not None:
             self._memory[blocks] = states_BTD
             return
         assert self._file is not None
-        self._file.write(blocks.start, _as_numpy(states_BTD.to(self.dtype)))
+        rows = _as_numpy(states_BTD.to(self.dtype))
+        if not self._is_snapshot:
+            self._file.write(blocks.start, rows)
+            return
+        if self._next is None:
+            assert self.spill is not None
+            self._next, self._n_next = _new_file(self.spill, self.shape, self.dtype, named=True), 0
+        self._next.write(blocks.start, rows)
+        self._n_next += len(rows)
+        if self._n_next == len(self):
+            self._file, self._next, self._is_snapshot = self._next, None, False
 
     def groups(self, n_blocks: int) -> Iterator[slice]:
         """Consecutive slices of at most ``n_blocks`` blocks."""
@@ -59,19 +80,27 @@ class HiddenStates:
             yield slice(start, min(start + n_blocks, len(self)))
 
     def save(self, path: Path) -> None:
-        """Writes all values to a file that :meth:`load` reads."""
+        """Puts all values into a file that :meth:`load` reads: a copy, or the file that they lie in, if it is named."""
+        if self._named and self._file is not None and not self._is_snapshot:
+            self._file.path.rename(path)
+            self._is_snapshot = True
+            return
         file = ArrayFile.create(path, self.shape, _NUMPY_DTYPES[self.dtype])
         for blocks in self.groups(8):
             file.write(blocks.start, _as_numpy(self.read(blocks)))
 
     def load(self, path: Path) -> None:
-        """Takes all values from a file that :meth:`save` wrote.
+        """Takes all values from a file that :meth:`save` wrote; one in a file uses that, and leaves it as it is.
 
         Raises:
             InputError: the file cannot be read.
         """
         file = ArrayFile.open(path)
         assert file.shape == self.shape, f"{path} holds {file.shape}, not {self.shape}"
+        if self._named and self._file is not None:
+            self._file.path.unlink()
+            self._file, self._is_snapshot = file, True
+            return
         for blocks in self.groups(8):
             self.write(blocks, torch.from_numpy(file.read(blocks.start, blocks.stop)).view(self.dtype))
 
@@ -85,7 +114,8 @@ def _as_numpy(states: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.g
     return plain.contiguous().numpy()
 
 
-def _nameless_file(folder: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> ArrayFile:
+def _new_file(folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, named: bool) -> ArrayFile:
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".npy") as file:  # the open file outlives its name
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".npy", delete=not named) as file:
+        # without a name, the open file outlives it
         return ArrayFile.create(Path(file.name), shape, _NUMPY_DTYPES[dtype])

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from compressors.model.description.gate_order import gates_first
 from compressors.model.description.roles import Role
+from compressors.model.predictions.head_inputs import finished_logits, head_parts
 from compressors.model.running.expert_choice import ExpertChoice, choosing
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
@@ -206,7 +207,7 @@ class StreamedModel:
                 progress(1)
         return hidden
 
-    def first_states(self, groups: Sequence[TokenGroup], n_kept: int = 1) -> list[HiddenStates]:
+    def first_states(self, groups: Sequence[TokenGroup], n_kept: int = 1, *, named: bool = False) -> list[HiddenStates]:
         """The hidden states that enter the first layer; ``n_kept`` such arrays fit the limit, or lie on disk."""
         sizes = [(*group.tokens_BT.shape, self.spec.hidden_size) for group in groups]
         n_bytes = sum(
@@ -215,7 +216,7 @@ class StreamedModel:
         )
         spill = self._place(n_kept * n_bytes).spill
         return [
-            self._embedded(group.tokens_BT, HiddenStates(size, group.dtype, spill))
+            self._embedded(group.tokens_BT, HiddenStates(size, group.dtype, spill, named=named))
             for size, group in zip(sizes, groups, strict=True)
         ]
 
@@ -266,14 +267,25 @@ class StreamedModel:
         Yields:
             (which of the chosen positions, counted through all blocks; their logits, float32 [n, V]).
         """
+        for part, _, logits in self.predictions_in_chunks(hidden, positions):
+            yield part, logits
+
+    def predictions_in_chunks(
+        self, hidden: HiddenStates, positions: slice
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Inputs of the head and logits at these positions of every block, a bounded number at a time.
+
+        Yields:
+            (which of the chosen positions, counted through all blocks; inputs [n, D]; logits, float32 [n, V]).
+        """
         n_positions = positions.stop - positions.start
         blocks_at_once = max(1, positions_at_once(self.spec.vocab_size) // n_positions)
         with self.head(hidden.dtype) as head:
             for blocks in hidden.groups(blocks_at_once):
                 states = hidden.read(blocks)[:, positions].flatten(0, 1)
                 for start, part in position_chunks(states, self.spec.vocab_size):
-                    first = blocks.start * n_positions + start
-                    yield slice(first, first + len(part)), head(part.to(self.device)).float().cpu()
+                    first, part = blocks.start * n_positions + start, part.to(self.device)
+                    yield slice(first, first + len(part)), self.head_inputs(part).cpu(), head(part).float().cpu()
 
     @contextmanager
     def head(self, dtype: torch.dtype) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -281,14 +293,7 @@ class StreamedModel:
         if self._reader is not None:
             self._reader.release()  # makes room for the head
         matrix_VD = self._read_head(dtype)
-        divisor, cap = self.spec.logit_divisor, self.spec.logit_cap
-
-        def logits_of(states_ND: torch.Tensor) -> torch.Tensor:
-            logits_NV = functional.linear(self.head_inputs(states_ND), matrix_VD)
-            logits_NV = logits_NV if divisor == 1.0 else logits_NV / divisor
-            return logits_NV if cap is None else (logits_NV / cap).tanh() * cap
-
-        yield logits_of
+        yield lambda states_ND: finished_logits(functional.linear(self.head_inputs(states_ND), matrix_VD), self.spec)
 
     def head_inputs(self, states_ND: torch.Tensor) -> torch.Tensor:
         """The inputs of the head: the states after the last layer, normed."""
@@ -374,15 +379,11 @@ class StreamedModel:
     def _read_head(self, dtype: torch.dtype) -> torch.Tensor:
         """Reads the head in ``dtype``, [V, D], in parts, so that it is in memory only once."""
         matrix_VD = torch.empty(self.spec.vocab_size, self.spec.hidden_size, dtype=dtype)
-        for start in range(0, len(matrix_VD), _HEAD_ROWS_AT_ONCE):
-            rows = slice(start, min(start + _HEAD_ROWS_AT_ONCE, len(matrix_VD)))
+        for rows in head_parts(len(matrix_VD)):
             matrix_VD[rows] = self.student.rows(Role.HEAD, None, rows)
         if self._check_finite:
             refuse_not_finite(self.student, matrix_VD, Role.HEAD)
         return matrix_VD.to(self.device)
-
-
-_HEAD_ROWS_AT_ONCE = 8192
 
 
 def position_chunks(states_ND: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, torch.Tensor]]:

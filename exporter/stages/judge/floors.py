@@ -19,12 +19,12 @@ import numpy.typing as npt
 import torch
 
 from compressors.calibration.teacher import by_block
-from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from compressors.model.predictions.head_inputs import HeadInputs, RemadeLogProbs
 from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.sources.student import Student
-from exporter.file_names import COST, EVALUATION, GGUF_FILE, HELDOUT_LOG_PROBS, ROUTING
+from exporter.file_names import COST, EVALUATION, GGUF_FILE, HELDOUT_PREDICTIONS, ROUTING
 from exporter.planning.teacher_floor import first_layers
-from exporter.stages.inputs import memory_limit, token_blocks, use_threads
+from exporter.stages.inputs import memory_limit, teacher_predictions, token_blocks, use_threads
 from exporter.stages.judge.runtimes import limit_runtime
 from exporter.work.stage import StageContext
 from exporter.writing.gguf.writer import write_gguf
@@ -138,7 +138,7 @@ def _of_calibration(
 ) -> tuple[ReferenceLogProbs, RoutingRecord]:
     """The log-probabilities and routing that the teacher's pass stored for these chunks."""
     routing = RoutingRecord.load(context.work.path("calibrate", ROUTING))
-    log_probs = LogProbReader(context.work.path("calibrate", HELDOUT_LOG_PROBS))
+    log_probs = teacher_predictions(context.plan, context.work, HELDOUT_PREDICTIONS)
     tokens = np.concatenate([np.arange(chunk * n_tokens, (chunk + 1) * n_tokens) for chunk in chunks])
     scored = scored_positions(n_tokens)
     reference = _SomeChunks(log_probs, chunks, scored.stop - scored.start)
@@ -148,20 +148,20 @@ def _of_calibration(
 def _by_torch(
     context: StageContext, model: Student, tokens_BT: Tokens, folder: Path
 ) -> tuple[ReferenceLogProbs, RoutingRecord]:
-    """Runs the model in torch; its log-probabilities go into the folder."""
+    """Runs the model in torch; its predictions go into the folder."""
     scored = scored_positions(tokens_BT.shape[1])
     n_scored = len(tokens_BT) * (scored.stop - scored.start)
-    record = LogProbWriter(folder / "log_probs", n_scored, model.spec.vocab_size)
+    kept = HeadInputs.create(folder / "predictions.npy", n_scored, model.spec.hidden_size)
     with context.progress.bar("layers", model.spec.n_layers) as advance:
-        evaluation = evaluate(TorchBackend(model, advance, memory_limit(context)), tokens_BT, {}, record=record)
+        evaluation = evaluate(TorchBackend(model, advance, memory_limit(context), kept=kept), tokens_BT, {})
     assert evaluation.routing is not None, "every original has experts"
-    return LogProbReader(folder / "log_probs"), evaluation.routing
+    return RemadeLogProbs(kept, model), evaluation.routing
 
 
 class _SomeChunks:
     """The log-probabilities of some chunks, one after the other, from a file of all."""
 
-    def __init__(self, whole: LogProbReader, chunks: Sequence[int], n_scored: int) -> None:
+    def __init__(self, whole: RemadeLogProbs, chunks: Sequence[int], n_scored: int) -> None:
         self._whole = whole
         self._chunks = chunks
         self._n_scored = n_scored

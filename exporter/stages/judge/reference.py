@@ -8,18 +8,20 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.description.spec import ModelSpec
-from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from compressors.model.predictions.head_inputs import HeadInputs, RemadeLogProbs
 from exporter.file_names import (
     EVALUATION,
-    HELDOUT_LOG_PROBS,
+    HELDOUT_PREDICTIONS,
     ROUTER_INPUTS,
     WRITTEN_EVALUATION,
-    WRITTEN_LOG_PROBS,
+    WRITTEN_PREDICTIONS,
 )
 from exporter.stages.finished import SAME_WEIGHTS, whose_numbers
 from exporter.stages.inputs import (
     memory_limit,
     open_student,
+    student_of_files,
+    teacher_predictions,
     token_blocks,
     use_threads,
     written_weights,
@@ -44,7 +46,7 @@ def validate_torch(context: StageContext) -> None:
     use_threads(context.plan)
     student = open_student(context.plan, context.work)
     heldout_BT = token_blocks(context.work).heldout.numpy()
-    teacher = LogProbReader(context.work.path("calibrate", HELDOUT_LOG_PROBS))
+    teacher = teacher_predictions(context.plan, context.work, HELDOUT_PREDICTIONS)
     with context.progress.bar("layers", student.spec.n_layers) as advance:
         backend = TorchBackend(student, advance, memory_limit(context))
         evaluation = evaluate(backend, heldout_BT, {"teacher": teacher})
@@ -52,13 +54,13 @@ def validate_torch(context: StageContext) -> None:
 
 
 def validate_written(context: StageContext) -> None:
-    """Writes log-probabilities and evaluation of each file's numbers, and the inputs of its routers on some chunks.
+    """Writes predictions and evaluation of each file's numbers, and the inputs of its routers on some chunks.
 
     If both files hold the same numbers, they run once.
     """
     plan = context.plan
     use_threads(plan)
-    student = open_student(plan, context.work)
+    student = student_of_files(plan, context.work)
     heldout_BT = token_blocks(context.work).heldout.numpy()
     scored = scored_positions(heldout_BT.shape[1])
     n_scored = len(heldout_BT) * (scored.stop - scored.start)
@@ -69,19 +71,23 @@ def validate_written(context: StageContext) -> None:
             inputs = context.file(ROUTER_INPUTS, artifact=artifact)
             recorder = _router_recorder(inputs, student.spec, heldout_BT)
             observers = [] if recorder is None else [recorder.observe]
-            backend = TorchBackend(student.as_written(weights), advance, memory_limit(context), observers)
-            log_probs = context.file(WRITTEN_LOG_PROBS, artifact=artifact)
-            record = LogProbWriter(log_probs, n_scored, student.spec.vocab_size)
-            evaluation = evaluate(backend, heldout_BT, {}, record=record)
+            predictions = context.file(WRITTEN_PREDICTIONS, artifact=artifact)
+            kept = HeadInputs.create(predictions, n_scored, student.spec.hidden_size)
+            backend = TorchBackend(student.as_written(weights), advance, memory_limit(context), observers, kept)
+            evaluation = evaluate(backend, heldout_BT, {})
             evaluation.save(context.file(WRITTEN_EVALUATION, artifact=artifact))
             if recorder is not None and evaluation.routing is not None:
                 recorder.finish(evaluation.routing)
 
 
-def same_weights(context: StageContext, artifact: str) -> dict[str, LogProbReader]:
+def same_weights(context: StageContext, artifact: str) -> dict[str, RemadeLogProbs]:
     """Torch's log-probabilities with an artifact's numbers, as a reference for its runtime."""
-    numbers = whose_numbers(context.plan, artifact)
-    return {SAME_WEIGHTS: LogProbReader(context.work.path("validate_written", WRITTEN_LOG_PROBS, artifact=numbers))}
+    plan, work = context.plan, context.work
+    student = student_of_files(plan, work)
+    written = student.as_written(written_weights(plan, work, student.spec, [artifact])[artifact])
+    numbers = whose_numbers(plan, artifact)
+    inputs = HeadInputs(work.path("validate_written", WRITTEN_PREDICTIONS, artifact=numbers))
+    return {SAME_WEIGHTS: RemadeLogProbs(inputs, written)}
 
 
 def router_inputs(context: StageContext, artifact: str) -> RouterInputs:

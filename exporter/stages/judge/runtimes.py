@@ -19,13 +19,14 @@ import torch
 
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from exporter.estimating.planned_types import same_numbers
-from exporter.file_names import EVALUATION, HELDOUT_LOG_PROBS, LOG_PROBS, MEASUREMENT
-from exporter.stages.inputs import artifact_path, token_blocks
+from exporter.file_names import EVALUATION, HELDOUT_PREDICTIONS, LOG_PROBS, MEASUREMENT
+from exporter.stages.inputs import artifact_path, teacher_predictions, token_blocks
 from exporter.stages.judge.reference import router_inputs, same_weights
 from exporter.work.stage import StageContext
 from validate.metrics.evaluation import evaluate
 from validate.metrics.figures import fidelity_figures
 from validate.metrics.generation import generate_texts, generation_figures, prompts_of
+from validate.metrics.positions import ReferenceLogProbs
 from validate.routing.router_alone import router_alone
 from validate.runtimes.backend import RuntimeBackend, RuntimeCrashError, scored_positions
 from validate.runtimes.measure import artifact_bytes, measure_artifact
@@ -61,7 +62,7 @@ def validate_onnx(context: StageContext) -> None:
 
     path = artifact_path(context.work, "onnx")
     recorded = context.work.path("validate_gguf", LOG_PROBS)
-    other_runtime = {"gguf": LogProbReader(recorded)} if recorded.exists() else {}
+    other_runtime: dict[str, ReferenceLogProbs] = {"gguf": LogProbReader(recorded)} if recorded.exists() else {}
     _validate_runtime(
         context,
         "onnx",
@@ -78,7 +79,7 @@ def _validate_runtime(
     path: Path,
     open_backend: Callable[[], RuntimeBackend],
     *,
-    references: Mapping[str, LogProbReader],
+    references: Mapping[str, ReferenceLogProbs],
     record: bool,
     open_quantized: Callable[[], RuntimeBackend] | None = None,
 ) -> None:
@@ -128,7 +129,7 @@ def _figures(
     artifact: str,
     backend: RuntimeBackend,
     heldout_BT: npt.NDArray[np.int64],
-    references: Mapping[str, LogProbReader],
+    references: Mapping[str, ReferenceLogProbs],
     *,
     record: bool,
 ) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def _with_quantized_cache(
     context: StageContext, backend: RuntimeBackend, heldout_BT: npt.NDArray[np.int64]
 ) -> dict[str, Any]:
     """Measures fidelity to the teacher with the quantized cache."""
-    teacher = LogProbReader(context.work.path("calibrate", HELDOUT_LOG_PROBS))
+    teacher = teacher_predictions(context.plan, context.work, HELDOUT_PREDICTIONS)
     with context.progress.bar("chunks", len(heldout_BT)) as advance:
         evaluation = evaluate(backend, heldout_BT, {"teacher": teacher}, progress=advance)
     figures = fidelity_figures(evaluation, "teacher")
@@ -172,7 +173,7 @@ def _evaluate(
     context: StageContext,
     backend: RuntimeBackend,
     heldout_BT: npt.NDArray[np.int64],
-    references: Mapping[str, LogProbReader],
+    references: Mapping[str, ReferenceLogProbs],
     *,
     record: bool,
 ) -> None:
@@ -182,7 +183,7 @@ def _evaluate(
         scored = scored_positions(heldout_BT.shape[1])
         n_scored = len(heldout_BT) * (scored.stop - scored.start)
         writer = LogProbWriter(context.file(LOG_PROBS), n_scored, context.plan.teacher_spec.vocab_size)
-    teacher = LogProbReader(context.work.path("calibrate", HELDOUT_LOG_PROBS))
+    teacher = teacher_predictions(context.plan, context.work, HELDOUT_PREDICTIONS)
     with context.progress.bar("chunks", len(heldout_BT)) as advance:
         evaluation = evaluate(backend, heldout_BT, {"teacher": teacher, **references}, record=writer, progress=advance)
     evaluation.save(context.file(EVALUATION))

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.errors import UnsupportedError
-from compressors.model.predictions.log_probs import LogProbReader
 from exporter.curve.rows import OURS, ParetoRow, RowFile
-from exporter.file_names import HELDOUT_LOG_PROBS, ROWS
+from exporter.file_names import HELDOUT_PREDICTIONS, ROWS
 from exporter.searching.curve import ParetoFiles, described_structure
-from exporter.stages.inputs import token_blocks, use_threads
+from exporter.stages.inputs import teacher_predictions, token_blocks, use_threads
 from exporter.work.stage import StageContext
 from exporter.writing.gguf.file_size import predict_file_size
 from validate.metrics.evaluation import evaluate
@@ -111,7 +110,7 @@ class _Curve:
     def _figures(self, path: Path, what: str) -> Mapping[str, Any]:
         """The figures of llama.cpp on the held-out text, against the original in torch."""
         backend = LlamaCppBackend(path, threads=self._context.plan.recipe.threads)
-        original = LogProbReader(self._context.work.path("calibrate", HELDOUT_LOG_PROBS))
+        original = teacher_predictions(self._context.plan, self._context.work, HELDOUT_PREDICTIONS)
         with self._context.progress.bar(what, len(self._heldout_BT)) as advance:
             evaluation = evaluate(backend, self._heldout_BT, {"teacher": original}, progress=advance)
         return fidelity_figures(evaluation, "teacher")

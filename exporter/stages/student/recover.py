@@ -14,17 +14,23 @@ from safetensors.torch import save_file
 
 from compressors.model.files.weight_file import StoredTensors
 from compressors.model.parallel import is_first, wait_for_all
-from compressors.model.predictions.log_probs import LogProbReader
 from compressors.model.sources.student import Student
 from compressors.recover.divergence import Judgement, judge
 from compressors.recover.scopes import BlockLength
 from compressors.recover.training import Training, TrainingDivergedError, train
 from compressors.recover.training_memory import TooLargeError
-from exporter.file_names import RATE_RESULT, RECOVERY, RUNG_OVERLAY, RUNG_RESULT, SELECTION_LOG_PROBS
+from exporter.file_names import RATE_RESULT, RECOVERY, RUNG_OVERLAY, RUNG_RESULT, SELECTION_PREDICTIONS
 from exporter.planning.rates import rates_for, trial_blocks
 from exporter.planning.recipe import RungChoice
 from exporter.planning.recovery import schedule_of, scope_of
-from exporter.stages.inputs import memory_limit, open_student, scheduled_blocks, token_blocks, use_threads
+from exporter.stages.inputs import (
+    memory_limit,
+    open_student,
+    scheduled_blocks,
+    teacher_predictions,
+    token_blocks,
+    use_threads,
+)
 from exporter.stages.student.training import training_of
 from exporter.work.snapshot import Snapshot
 from exporter.work.stage import StageContext
@@ -55,7 +61,7 @@ def judge_on_selection(context: StageContext, student: Student) -> Judgement:
     return judge(
         student,
         blocks_BT,
-        LogProbReader(context.work.path("calibrate", SELECTION_LOG_PROBS)),
+        teacher_predictions(context.plan, context.work, SELECTION_PREDICTIONS),
         scored_positions(blocks_BT.shape[1]),
         limit=memory_limit(context),
         device=torch.device(context.plan.device),

@@ -1,4 +1,4 @@
-"""The teacher's one pass: statistics and targets on calibration text, log-probabilities and routing on the others."""
+"""The teacher's one pass: statistics and targets on calibration text, predictions and routing on the others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,16 @@ def calibrate(context: StageContext) -> None:
         check_vocabulary_is_finite(checkpoint)  # now, instead of in a writer hours later
     dtype = dtype_of(plan.recipe.arithmetic)
     limit, device = memory_limit(context), torch.device(plan.device)
-    teacher = TeacherPass(checkpoint, blocks, context.file, dtype, limit, device)
+    teacher = TeacherPass(
+        checkpoint,
+        blocks,
+        context.file,
+        dtype,
+        limit,
+        device,
+        layer_inputs=plan.keeps_layer_inputs,
+        targets=plan.keeps_targets,
+    )
     with context.progress.bar("layers", len(checkpoint.spec.blocks)) as advance:
         for n_done in teacher.run_layers(Snapshot(context.output / "snapshot")):
             advance(n_done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,11 +12,11 @@ import torch
 from compressors.calibration.layer_inputs import LayerInputs
 from compressors.calibration.sizes import n_kept_blocks
 from compressors.calibration.statistics import StatisticsCollector, save_statistics
-from compressors.calibration.teacher import TeacherTargets, write_log_probs, write_targets
+from compressors.calibration.teacher import TeacherTargets, write_predictions, write_targets
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.array_file import ArrayFile
 from compressors.model.parallel import is_first, reduce_sum, share, wait_for_all
-from compressors.model.predictions.log_probs import LogProbWriter
+from compressors.model.predictions.head_inputs import HeadInputs
 from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.memory import MemoryLimit
@@ -25,10 +26,10 @@ from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.file_names import (
-    HELDOUT_LOG_PROBS,
+    HELDOUT_PREDICTIONS,
     LAYER_INPUTS,
     ROUTING,
-    SELECTION_LOG_PROBS,
+    SELECTION_PREDICTIONS,
     STATISTICS,
     TARGETS,
     StageFile,
@@ -48,8 +49,10 @@ class TeacherPass:
         blocks: token blocks of all three splits.
         place: gives the path for a result.
         dtype: dtype of the arithmetic on calibration text; the other texts are computed in float32, the reference.
-        limit: memory that this process may use.
+        limit: memory that this process may use; its folder is this pass's alone.
         device: the device that layers compute on.
+        layer_inputs: keep the inputs of layers, for error feedback.
+        targets: keep the most probable next tokens of calibration text, for training.
 
     Raises:
         InputError: the checkpoint cannot be read, or holds or gives values that are not finite.
@@ -63,7 +66,13 @@ class TeacherPass:
         dtype: torch.dtype,
         limit: MemoryLimit,
         device: torch.device,
+        *,
+        layer_inputs: bool,
+        targets: bool,
     ) -> None:
+        self._keeps_layer_inputs = layer_inputs
+        self._keeps_targets = targets
+        self._spill = limit.spill
         self._blocks = blocks
         self._place = place
         self._model = StreamedModel(Student.teacher(checkpoint), limit=limit, check_finite=True, device=device)
@@ -80,7 +89,8 @@ class TeacherPass:
     def run_layers(self, snapshot: Snapshot) -> Iterator[int]:
         """Runs the layers that are not done yet; yields the numbers of layers that became done."""
         n_layers, n_blocks = self._model.spec.n_layers, len(self._model.spec.blocks)
-        self._hidden = self._model.first_states(self._groups)
+        self._remove_spilled()  # of an attempt that was killed
+        self._hidden = self._model.first_states(self._groups, named=True)
         n_done = self._resumed(snapshot)
         yield n_done
         routing = _RoutingFiles(self._place(ROUTING).parent, self._blocks.heldout, self._model.spec, resumed=n_done > 0)
@@ -93,7 +103,8 @@ class TeacherPass:
                 yield 1
                 continue
             routing.write(layer, self._shares["heldout"], self._recorder.take(layer))
-            inputs.keep(layer + 1, self._hidden[0], self._shares["calibration"])
+            if inputs is not None:
+                inputs.keep(layer + 1, self._hidden[0], self._shares["calibration"])
             yield 1
             snapshot.keep(layer + 1, self._save_hidden)
         wait_for_all()
@@ -103,39 +114,51 @@ class TeacherPass:
             snapshot.remove()
 
     def write_predictions(self) -> torch.Tensor:
-        """Writes targets and log-probabilities from the hidden states after the last layer.
+        """Writes targets and predictions from the hidden states after the last layer.
 
         Returns:
             The negative log-likelihood at every scored held-out position, of all processes: float32 [N].
         """
         blocks, vocab_size = self._blocks, self._model.spec.vocab_size
-        targets, selection, heldout = map(self._place, (TARGETS, SELECTION_LOG_PROBS, HELDOUT_LOG_PROBS))
+        targets, selection, heldout = map(self._place, (TARGETS, SELECTION_PREDICTIONS, HELDOUT_PREDICTIONS))
         scored = scored_positions(blocks.heldout.shape[1])
         n_scored = scored.stop - scored.start
         if is_first():
-            TeacherTargets.create(targets, blocks.calibration.numel(), vocab_size)
-            for folder, tokens_BT in ((selection, blocks.selection), (heldout, blocks.heldout)):
-                LogProbWriter(folder, len(tokens_BT) * n_scored, vocab_size)
+            if self._keeps_targets:
+                TeacherTargets.create(targets, blocks.calibration.numel(), vocab_size)
+            for path, tokens_BT in ((selection, blocks.selection), (heldout, blocks.heldout)):
+                HeadInputs.create(path, len(tokens_BT) * n_scored, self._model.spec.hidden_size)
         wait_for_all()
         calibrated, selected, held = self._hidden
-        write_targets(self._model, calibrated, TeacherTargets(targets, writable=True), self._shares["calibration"])
-        self._write_log_probs("selection", selected, selection, scored)
-        likelihoods = self._write_log_probs("heldout", held, heldout, scored)
+        if self._keeps_targets:
+            kept = TeacherTargets(targets, writable=True)
+            write_targets(self._model, calibrated, kept, self._shares["calibration"])
+        self._write_split("selection", selected, selection, scored)
+        likelihoods = self._write_split("heldout", held, heldout, scored)
         reduce_sum([likelihoods])
+        self._remove_spilled()
         return likelihoods
 
-    def _write_log_probs(self, split: str, hidden: HiddenStates, folder: Path, scored: slice) -> torch.Tensor:
+    def _remove_spilled(self) -> None:
+        """Removes the files of hidden states, which have names so that they can become snapshots."""
+        if is_first():
+            shutil.rmtree(self._spill, ignore_errors=True)
+        wait_for_all()
+
+    def _write_split(self, split: str, hidden: HiddenStates, path: Path, scored: slice) -> torch.Tensor:
         """Writes this process's share; the returned likelihoods are 0 for the others'."""
         tokens_BT, mine = vars(self._blocks)[split], self._shares[split]
         n_scored = scored.stop - scored.start
-        writer = LogProbWriter(folder, len(tokens_BT) * n_scored, self._model.spec.vocab_size, join=True)
         likelihoods = torch.zeros(len(tokens_BT), n_scored)
-        found = write_log_probs(self._model, tokens_BT[mine], hidden, scored, writer, mine)
+        inputs = HeadInputs(path, writable=True)
+        found = write_predictions(self._model, tokens_BT[mine], hidden, scored, inputs, mine)
         likelihoods[mine] = found.view(-1, n_scored)
         return likelihoods.flatten()
 
-    def _layer_inputs(self, *, resumed: bool) -> LayerInputs:
+    def _layer_inputs(self, *, resumed: bool) -> LayerInputs | None:
         """Opens the files of the layers' inputs, the first layer's filled in; each process writes its own blocks."""
+        if not self._keeps_layer_inputs:
+            return None
         tokens_BT, spec = self._blocks.calibration, self._model.spec
         if is_first() and not resumed:
             n_blocks = n_kept_blocks(*tokens_BT.shape)

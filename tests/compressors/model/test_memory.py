@@ -61,6 +61,28 @@ def test_hidden_states_keep_their_bits(tmp_path: Path, dtype: torch.dtype, spill
         assert not list((tmp_path / "spill").iterdir()), "the file has no name, so a kill leaves nothing"
 
 
+def test_a_snapshot_of_states_in_a_file_is_that_file(tmp_path: Path) -> None:
+    """So there are two at a time: it stays as it is, and the next values go into another."""
+    folder = tmp_path / "spill"
+    first, second = torch.randn(2, 6, 3, 4, generator=torch.Generator().manual_seed(2))
+    states = HiddenStates((6, 3, 4), torch.float32, folder, named=True)
+    states.write(slice(0, 6), first)
+    states.save(tmp_path / "saved.npy")
+    assert not list(folder.iterdir())
+    states.write(slice(0, 4), second[:4])
+    assert torch.equal(states.read(slice(0, 6)), first), "a layer reads what entered it"
+    states.write(slice(4, 6), second[4:])
+    assert torch.equal(states.read(slice(0, 6)), second)
+    assert len(list(folder.iterdir())) == 1
+    states.write(slice(0, 2), first[:2])  # in place again
+    assert torch.equal(states.read(slice(0, 6)), torch.cat([first[:2], second[2:]]))
+    assert len(list(folder.iterdir())) == 1
+    states.load(tmp_path / "saved.npy")
+    assert torch.equal(states.read(slice(0, 6)), first)
+    states.write(slice(0, 6), second)
+    assert np.array_equal(np.load(tmp_path / "saved.npy"), first.numpy())
+
+
 def test_the_head_takes_the_place_of_the_layers(spec: ModelSpec, tmp_path: Path) -> None:
     large_head = replace(spec, vocab_size=1_000_000)
     head = 4 * 1_000_000 * (spec.hidden_size + 2 * positions_at_once(1_000_000))

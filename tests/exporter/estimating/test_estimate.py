@@ -46,6 +46,7 @@ def job(toy_model: Path, small_texts: tuple[Path, Path], tmp_path_factory: pytes
         threads=1,
         context=512,
         save_student=True,
+        floors=True,
         out=out,
     ).job()
 
@@ -252,9 +253,11 @@ def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
     of_the_student = "layer inputs of the student, while codes are chosen"
     assert of_the_student not in lines
     assert disk_lines(_edited(plan, gguf={"quantizer": "feedback"}))[of_the_student] == inputs
-    # 255 of 512 positions are scored, by the teacher, by torch with the files' numbers, which are the same, and the
-    # GGUF's are recorded for the ONNX file to be compared with
-    assert lines["log-probabilities in 16 bits"] == (4 + 3 * 6) * 255 * (2 * spec.vocab_size + 8)
+    # 255 of 512 positions are scored, by the teacher, and by torch with the files' numbers, which are the same
+    assert lines["predictions"] == (4 + 2 * 6) * 255 * spec.hidden_size * 4
+    # the GGUF's are recorded for the ONNX file to be compared with
+    assert lines["log-probabilities in 16 bits"] == 6 * 255 * (2 * spec.vocab_size + 8)
+    assert "log-probabilities in 16 bits" not in disk_lines(_with_types(plan, "Q8_0", "Q4_0"))
     floors = plan.teacher_floors.values()
     assert lines["the original, unquantized, while it is measured"] == max(floor.file_bytes for floor in floors)
     # inputs of layers and head, two snapshots of routers and moments, and the routers that were taught
@@ -283,7 +286,8 @@ def test_memory_does_not_grow_with_depth_and_fits_the_promises(plan: Plan) -> No
     widest = memory_lines(few_wide, few_wide, 2)["what enters an expert, while its codes are chosen"]
     assert 8 * 4 * 14336**2 < widest + 2 * 2 * few_wide.layers[0].parameters + 0.6e9 < 12 * 4 * 14336**2
     wide = replace(plan.teacher_spec, vocab_size=1_000_000)
-    assert memory_lines(wide, wide, 2)["the head"] == 2 * 2 * 1_000_000 * wide.hidden_size
+    both_heads = memory_lines(wide, wide, 2)["the head of the student and of the original"]
+    assert both_heads == (4 + 2) * 1_000_000 * wide.hidden_size, "one of them in float32"
 
 
 def test_too_little_memory_is_refused_with_figures() -> None:

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 
 from compressors.model.errors import InputError
+from exporter.file_names import GGUF_FILE, LAYER_INPUTS, ONNX_FOLDER, ROUTER_INPUTS, ROUTING
 from exporter.pipeline.order import fingerprints, search_stages, stages_of
-from exporter.pipeline.running import StageError, run_stages
+from exporter.pipeline.running import StageError, run_stages, unfinished
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import Recipe
 from exporter.run import run_job
-from exporter.stages.table import COMPRESS
-from exporter.work.directory import UndeclaredFileError, WorkDirectory
+from exporter.stages.table import COMPRESS, OF_THE_REPORT
+from exporter.work.directory import StageRecord, UndeclaredFileError, WorkDirectory
 from exporter.work.input_state import SourceState
 from exporter.work.stage import Stage
 from tests.exporter.stage_runs import run_stage
@@ -37,7 +38,7 @@ def plan(
 ) -> Plan:
     """A whole plan of a small model of this module's own; nothing is pruned or taught."""
     model = toy_checkpoint(tmp_path_factory.mktemp("pipeline"), n_layers=1)
-    job = _job(model, small_texts, save_student=True)
+    job = _job(model, small_texts, save_student=True, floors=True)
     return make_plan(job, "moe-export")
 
 
@@ -131,9 +132,10 @@ def test_a_search_begins_with_what_all_budgets_share(plan: Plan) -> None:
 
 
 def test_every_part_of_a_recipe_matters_to_a_stage(plan: Plan) -> None:
-    """``save_student`` only adds a stage."""
+    """``save_student`` only adds a stage. What calibration keeps for later ones is a property of the plan."""
     parts = {choice for stage in stages_of(plan) for choice in stage.choices}
-    assert parts == set(Recipe.model_fields) - {"version", "save_student"}
+    of_plan = {"keeps_layer_inputs", "keeps_targets"}
+    assert parts == (set(Recipe.model_fields) - {"version", "save_student"}) | of_plan
 
 
 def test_only_what_the_recipe_wants_is_planned(plan: Plan) -> None:
@@ -187,6 +189,46 @@ def test_finished_stages_are_not_redone_and_outdated_ones_are(plan: Plan, work: 
     assert again["schedule"] == first["schedule"]
     assert again["recover"].fingerprint != first["recover"].fingerprint
     assert said[:2] == [f"[1/2] {stages[0].what}: done already", f"[2/2] {stages[1].what}"]
+
+
+def _done(plan: Plan, work: WorkDirectory, stages: Sequence[Stage]) -> None:
+    """Leaves every stage finished, with a file of each kind."""
+    expected = fingerprints(plan, stages, SourceState.of(plan.source))
+    for stage in stages:
+        partial = work.begin(stage.name, expected[stage.name])
+        for file in filter(lambda file: file.name, stage.writes):
+            path = file.within(partial, name="toy", artifact="gguf", layer=0, number=0, rate=0.1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        work.finish(stage.name, StageRecord(expected[stage.name], 1.0, 0))
+
+
+def test_what_no_stage_to_come_reads_goes_and_nothing_is_redone(plan: Plan, work: WorkDirectory) -> None:
+    stages = stages_of(plan)
+    _done(plan, work, stages)
+    run_stages(plan, work, stages, lambda line: None)
+    assert LAYER_INPUTS.within(work.stage("calibrate")).exists(), "nobody said that it may go"
+    run_stages(plan, work, stages, lambda line: None, kept=["calibrate"])
+    assert LAYER_INPUTS.within(work.stage("calibrate")).exists()
+    assert not work.paths("validate_written", ROUTER_INPUTS)
+    run_stages(plan, work, stages, lambda line: None, kept=())
+    left = {
+        (stage.name, file) for stage in stages for file in stage.writes if file.name and work.paths(stage.name, file)
+    }
+    assert left <= OF_THE_REPORT, "the report needs the others"
+    assert {("calibrate", ROUTING), ("gguf", GGUF_FILE), ("onnx", ONNX_FOLDER)} <= left
+    assert unfinished(plan, work, stages) == []
+
+
+def test_a_stage_whose_files_are_gone_runs_again_for_one_that_needs_them(plan: Plan, work: WorkDirectory) -> None:
+    stages = stages_of(plan)
+    _done(plan, work, stages)
+    run_stages(plan, work, stages, lambda line: None, kept=())
+    (work.stage("validate_gguf") / "stage.json").unlink()
+    assert unfinished(plan, work, stages) == ["calibrate", "validate_written", "validate_gguf"]
+    (work.stage("student") / "stage.json").unlink()
+    again = ["calibrate", "compress", "recover", "student", "validate_written", "validate_gguf"]
+    assert sorted(unfinished(plan, work, stages)) == sorted(again)
 
 
 def _calibration_of_another_text(plan: Plan) -> Plan:

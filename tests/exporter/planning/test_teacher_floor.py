@@ -40,7 +40,7 @@ _STAGES = {"gguf": TEACHER_GGUF, "onnx": TEACHER_ONNX}
 def plan(toy_model: Path, small_texts: tuple[Path, Path]) -> Plan:
     """Two layers, whose original fits; two held-out chunks of each of two files."""
     calibration, text = small_texts
-    choices = {"budget": "90MB", "budget_kind": "file", "quant": "Q4_0", "context": 512, "threads": 1}
+    choices = {"budget": "90MB", "budget_kind": "file", "quant": "Q4_0", "context": 512, "threads": 1, "floors": True}
     job = Flags(model=str(toy_model), calibration=calibration, text=text, recover="none", **choices).job()
     plan = make_plan(job, "moe-export")
     recipe = plan.recipe.model_dump()

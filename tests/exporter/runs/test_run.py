@@ -32,7 +32,7 @@ Command = Callable[..., Sequence[str]]
 def finished(tmp_path_factory: pytest.TempPathFactory, toy_command: Command, start_command: Run) -> tuple[Path, str]:
     """An uninterrupted run's output folder, and what it printed."""
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    result = start_command(toy_command(out, "--save-student"))
+    result = start_command(toy_command(out, "--save-student", "--floors"))
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout
 
@@ -164,7 +164,7 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
 ) -> None:
     out, printed = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    again = run_command(toy_command(out, "--save-student"))
+    again = run_command(toy_command(out, "--save-student", "--floors"))
     assert (again.returncode, again.stdout) == (0, printed)
     other = run_command(toy_command(out, budget="6MB"))
     assert other.returncode == 2

@@ -43,7 +43,7 @@ def test_every_file_is_written_by_the_stage_that_it_is_read_from_and_before(stag
 def test_a_stage_needs_those_that_write_or_change_what_it_reads() -> None:
     assert needs(CALIBRATE) == ()
     assert needs(GGUF) == ("calibrate", "sensitivity", "compress", "recover")
-    assert needs(VALIDATE_GGUF) == ("calibrate", "gguf", "retune", "validate_written")
+    assert needs(VALIDATE_GGUF) == ("calibrate", "compress", "gguf", "retune", "validate_written")
 
 
 _READS = files_of("calibrate", BLOCKS) | files_of("gguf", GGUF_FILE)

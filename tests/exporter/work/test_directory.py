@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressors.model.errors import InputError
+from exporter.file_names import LAYER_INPUTS, RUNG_RESULT, TARGETS
 from exporter.work.directory import StageRecord, WorkDirectory
 from exporter.writing.files import write_atomically
 
@@ -71,6 +72,43 @@ def test_a_stage_that_lost_a_file_is_not_finished(work: WorkDirectory) -> None:
     assert work.record("gguf") is None
     (work.stage("gguf") / "model.gguf").unlink()
     assert work.record("gguf") is None
+
+
+def _with_files(work: WorkDirectory) -> Path:
+    partial = work.begin("calibrate", "abc")
+    for name in ("layer_inputs/layer-000.npy", "layer_inputs/layer-001.npy", "blocks.safetensors", "rung-0.json"):
+        (partial / name).parent.mkdir(exist_ok=True)
+        (partial / name).write_text(name)
+    work.finish("calibrate", _RECORD)
+    return work.stage("calibrate")
+
+
+def test_what_was_removed_is_not_missed_and_all_else_is(work: WorkDirectory) -> None:
+    folder = _with_files(work)
+    work.remove_files("calibrate", [LAYER_INPUTS, RUNG_RESULT, TARGETS])
+    assert sorted(path.name for path in folder.iterdir()) == ["blocks.safetensors", "stage.json"]
+    assert work.record("calibrate") == _RECORD
+    assert work.removed("calibrate") == {"layer_inputs", "rung-{number}.json"}, "targets were never there"
+    work.remove_files("calibrate", [TARGETS])
+    assert work.record("calibrate") == _RECORD
+    (folder / "blocks.safetensors").unlink()
+    assert work.record("calibrate") is None
+    work.begin("calibrate", "abc")
+    assert work.removed("calibrate") == frozenset()
+
+
+def test_files_that_a_kill_left_while_they_were_removed_are_not_missed(
+    work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _with_files(work)
+    monkeypatch.setattr("exporter.work.directory._remove", lambda path: None)
+    work.remove_files("calibrate", [LAYER_INPUTS])
+    assert work.record("calibrate") == _RECORD
+    (folder / "layer_inputs" / "layer-000.npy").unlink()
+    assert work.record("calibrate") == _RECORD
+    monkeypatch.undo()
+    work.remove_files("calibrate", [LAYER_INPUTS])
+    assert not (folder / "layer_inputs").exists()
 
 
 def test_beginning_again_takes_the_old_result_away(work: WorkDirectory) -> None:

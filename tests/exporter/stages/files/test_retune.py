@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from compressors.model.description.roles import Role
-from compressors.model.predictions.log_probs import LogProbReader
 from compressors.model.sources.student import Student
 from compressors.model.sources.weights import WrittenWeights
 from compressors.recover.divergence import judge
-from exporter.file_names import SELECTION_LOG_PROBS
+from exporter.file_names import SELECTION_PREDICTIONS
 from exporter.pipeline.order import fingerprints, stages_of
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
@@ -25,7 +24,7 @@ from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import FileChoice, Recipe, RungChoice
 from exporter.publishing.result import final_recipe
 from exporter.stages.files import retune
-from exporter.stages.inputs import open_student, token_blocks, written_weights
+from exporter.stages.inputs import open_student, teacher_predictions, token_blocks, written_weights
 from exporter.stages.student import recover
 from exporter.stages.table import CALIBRATE, COMPRESS, GGUF, ONNX, RECOVER, RETUNE, SCHEDULING
 from exporter.work.directory import WorkDirectory
@@ -134,7 +133,7 @@ def _judged(plan: Plan, work: WorkDirectory, artifact: str) -> float:
     """The divergence on the selection split of the numbers that a file holds."""
     student = open_student(plan, work)
     weights, blocks_BT = written_weights(plan, work, student.spec)[artifact], token_blocks(work).selection
-    known = LogProbReader(work.path("calibrate", SELECTION_LOG_PROBS))
+    known = teacher_predictions(plan, work, SELECTION_PREDICTIONS)
     scored = scored_positions(blocks_BT.shape[1])
     return judge(student.as_written(weights), blocks_BT, known, scored).divergence
 

@@ -26,10 +26,13 @@ def blocks() -> Blocks:
     return Blocks(*(torch.randint(0, 4096, (n, 32), generator=generator) for n in (5, 2, 3)))
 
 
-def _pass(model: Path, blocks: Blocks, folder: Path, n_bytes: int = 10**12) -> TeacherPass:
+def _pass(
+    model: Path, blocks: Blocks, folder: Path, n_bytes: int = 10**12, *, layer_inputs: bool = True, targets: bool = True
+) -> TeacherPass:
     limit = MemoryLimit(n_bytes, folder / "spill")
     checkpoint, device = open_source(model), torch.device("cpu")
-    return TeacherPass(checkpoint, blocks, lambda file: file.within(folder), torch.bfloat16, limit, device)
+    kept = {"layer_inputs": layer_inputs, "targets": targets}
+    return TeacherPass(checkpoint, blocks, lambda file: file.within(folder), torch.bfloat16, limit, device, **kept)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -58,12 +61,24 @@ def test_it_goes_on_after_the_last_finished_layer(
     assert next(first) == 0
     for _ in range(n_layers + 1):  # the snapshot is kept after a layer is reported
         next(first)
+        assert len(list(tmp_path.glob("s*/*.npy"))) <= 2 * 3, "of each text the states in use, and a snapshot"
     first.close()
     teacher = _pass(model, blocks, tmp_path, n_bytes)
     done = list(teacher.run_layers(Snapshot(tmp_path / "snapshot", seconds=0)))
     assert done == [n_layers] + [1] * (3 - n_layers)
     teacher.write_predictions()
     assert _contents(tmp_path) == uninterrupted
+
+
+def test_what_nothing_will_need_is_not_kept(
+    model: Path, blocks: Blocks, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    teacher = _pass(model, blocks, tmp_path, 1, layer_inputs=False, targets=False)
+    assert sum(teacher.run_layers(Snapshot(tmp_path / "snapshot", seconds=0))) == 3
+    teacher.write_predictions()
+    unneeded = ("layer_inputs/", "targets/")
+    assert _contents(tmp_path) == {name: file for name, file in uninterrupted.items() if not name.startswith(unneeded)}
+    assert not (tmp_path / "spill").exists()
 
 
 def test_a_damaged_snapshot_starts_the_pass_anew(
