@@ -7,19 +7,15 @@ texts show how often the original loops.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
 
 import torch
-from torch.nn import functional
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.predictions.next_token import draw_tokens
 from compressors.model.running.memory import blocks_at_once
 from compressors.model.running.streaming import StreamedModel, position_chunks
-
-if TYPE_CHECKING:
-    from transformers import Cache
+from compressors.recover.text_cache import TextCache
 
 __all__ = ["Choose", "cache_bytes", "continue_texts", "sample_texts"]
 
@@ -88,7 +84,7 @@ def continue_texts(
             f"{n_texts} texts that are written together need {n_bytes / 1e9:.2f} GB for their keys and values, which "
             "the memory limit has no room for: take fewer batches in a round, or raise --memory"
         )
-    cache = _Cache(n_texts, n_tokens)
+    cache = TextCache(n_texts, n_tokens)
     for place in range(n_prompt, n_tokens):
         known = slice(0, place) if place == n_prompt else slice(place - 1, place)
         hidden_BtD = _through_layers(model, texts_BT[:, known], known.start, cache, dtype)
@@ -97,7 +93,7 @@ def continue_texts(
 
 
 def _through_layers(
-    model: StreamedModel, tokens_Bt: torch.Tensor, first_position: int, cache: _Cache, dtype: torch.dtype
+    model: StreamedModel, tokens_Bt: torch.Tensor, first_position: int, cache: TextCache, dtype: torch.dtype
 ) -> torch.Tensor:
     """Hidden states of these positions after the last layer: [B, t, D]."""
     hidden_BtD = model.embed(tokens_Bt).to(dtype)
@@ -120,82 +116,3 @@ def _next_tokens(model: StreamedModel, hidden_BD: torch.Tensor, place: int, choo
             for start, part in position_chunks(hidden_BD, model.spec.vocab_size)
         ]
     return torch.cat(chosen)
-
-
-class _Cache:
-    """Keys and values of all layers, texts and positions, in memory that is taken once for each layer.
-
-    For a recurrent layer it holds the states of all texts after the last position. transformers' own caches either copy
-    everything for each token, or need a mask over future positions.
-    """
-
-    def __init__(self, n_texts: int, n_tokens: int) -> None:
-        self._n_texts = n_texts
-        self._n_tokens = n_tokens
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [B, heads, T, values of a head] each
-        self._states: dict[tuple[str, int], torch.Tensor] = {}  # [B, ...] each, by kind and layer
-
-    def of(self, texts: slice, first_position: int) -> Cache:
-        """A cache for transformers' attention, for some texts whose next positions begin at ``first_position``."""
-        return cast("Cache", _Part(self, texts, first_position))
-
-    def arrays(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's arrays, with room for all texts; their heads are like those of the keys and values given."""
-        if layer not in self._layers:
-            self._layers[layer] = self._room(keys), self._room(values)
-        return self._layers[layer]
-
-    def state(self, kind: str, layer: int, texts: slice) -> torch.Tensor:
-        """The layer's state of some texts."""
-        return self._states[kind, layer][texts]
-
-    def put_state(self, kind: str, layer: int, texts: slice, state: torch.Tensor) -> None:
-        """Keeps the layer's state of some texts, with room for all."""
-        if (kind, layer) not in self._states:
-            self._states[kind, layer] = state.new_empty(self._n_texts, *state.shape[1:])
-        self._states[kind, layer][texts] = state
-
-    def _room(self, states_BHth: torch.Tensor) -> torch.Tensor:
-        _, n_heads, _, head_dim = states_BHth.shape
-        return states_BHth.new_empty(self._n_texts, n_heads, self._n_tokens, head_dim)
-
-
-class _Part:
-    def __init__(self, cache: _Cache, texts: slice, first_position: int) -> None:
-        self._cache = cache
-        self._texts = texts
-        self._first_position = first_position
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores keys and values of the next positions, [B, heads, t, head_dim]; returns those of all so far."""
-        stop = self._first_position + keys.shape[2]
-        all_keys, all_values = (array[self._texts] for array in self._cache.arrays(layer, keys, values))
-        all_keys[:, :, self._first_position : stop] = keys
-        all_values[:, :, self._first_position : stop] = values
-        return all_keys[:, :, :stop], all_values[:, :, :stop]
-
-    def get_conv_state(self, layer: int, **_others: int) -> torch.Tensor | None:
-        """The last positions' inputs of a convolution, which it shifts in place; None before the first position."""
-        return self._cache.state(_CONVOLUTION, layer, self._texts) if self._first_position else None
-
-    def get_recurrent_state(self, layer: int, **_others: int) -> torch.Tensor | None:
-        """The state after the last position; None before the first one."""
-        return self._cache.state(_RECURRENCE, layer, self._texts) if self._first_position else None
-
-    def update_conv_state(self, inputs_BCt: torch.Tensor, layer: int, *, conv_kernel_size: int) -> torch.Tensor:
-        """Keeps the inputs that the next position reaches back to; returns all inputs of the first positions."""
-        n_kept = max(conv_kernel_size - 1, 1)
-        last = functional.pad(inputs_BCt, (n_kept, 0))[..., -n_kept:]
-        self._cache.put_state(_CONVOLUTION, layer, self._texts, last)
-        return inputs_BCt
-
-    def update_recurrent_state(self, state: torch.Tensor, layer_idx: int) -> None:
-        """Keeps the state after these positions."""
-        self._cache.put_state(_RECURRENCE, layer_idx, self._texts, state)
-
-    def is_recording_past(self, _layer: int) -> bool:
-        """False: no position is ever taken back."""
-        return False
-
-
-_CONVOLUTION, _RECURRENCE = "convolution", "recurrence"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.gguf_settings import gguf_setting_symptoms
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
+from compressors.recover.drafted_texts import write_texts
 from compressors.recover.sampling import continue_texts
 from exporter.inspection import describe
 from exporter.writing.gguf.writer import write_gguf
@@ -152,6 +154,17 @@ def test_texts_are_continued_as_if_all_were_read_again(
     found_BNV = torch.stack(seen, dim=1)
     assert (found_BNV - wanted_BNV).abs().max() < 1e-4 * wanted_BNV.abs().max()
     assert (texts[0, n_prompt:] != texts[1, n_prompt:]).any()
+
+    def draft(numbers: Sequence[int], known: Sequence[Sequence[int]], most: Sequence[int]) -> list[list[int]]:
+        """Two right tokens, then a wrong one."""
+        found = [texts[at, len(tokens) :][:n].tolist() for at, tokens, n in zip(numbers, known, most, strict=True)]
+        return [[*tokens[:2], *([0] * (len(tokens) - 2))] for tokens in found]
+
+    drafted, effort = write_texts(
+        StreamedModel(Student.teacher(Checkpoint(folder))), prompts_BP, 6, lambda logits, *_: logits.argmax(-1), draft
+    )
+    assert torch.equal(drafted, texts)
+    assert effort.passes == 2  # three tokens in each
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ Letters: n tokens of one expert, S = T * K choices of all tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +26,17 @@ from torch.nn import functional
 from compressors.model.description.gate_order import in_turn
 from compressors.model.running.trained_experts import Product, TrainedExperts
 
-__all__ = ["GROUPED_EXPERTS", "ExpertGradientObserver", "ExpertObserver", "register_grouped_experts"]
+__all__ = [
+    "GROUPED_EXPERTS",
+    "ROWS_OF_A_PRODUCT",
+    "ExpertGradientObserver",
+    "ExpertObserver",
+    "padded_products",
+    "register_grouped_experts",
+]
+
+ROWS_OF_A_PRODUCT = 16
+"""Products of fewer rows may take other paths through a library, which add in another order (measured: MKL does)."""
 
 GROUPED_EXPERTS = "moe_export_grouped"
 
@@ -49,6 +60,25 @@ def register_grouped_experts() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(GROUPED_EXPERTS, _experts_forward)
+
+
+@contextmanager
+def padded_products(experts: nn.Module | None) -> Iterator[None]:
+    """Makes a token's outputs independent of its company: each expert's rows are padded to multiples of 16.
+
+    Without padding, the number of tokens that choose an expert decides how a library adds up their products.
+
+    Args:
+        experts: the experts of a layer; None: it has none.
+    """
+    if experts is None:
+        yield
+        return
+    experts.pads = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del experts.pads
 
 
 def _experts_forward(
@@ -84,7 +114,7 @@ class _GroupedExperts(torch.autograd.Function):
         *trained: torch.Tensor,  # named for autograd; their values come with the experts
     ) -> torch.Tensor:
         keeps = any(ctx.needs_input_grad)
-        weights, choices = _ExpertWeights(experts, hidden_TD), _Choices(chosen_TK, hidden_TD)
+        weights, choices = _ExpertWeights(experts, hidden_TD), _Choices(chosen_TK, hidden_TD, experts)
         observer: ExpertObserver | None = getattr(experts, "observer", None)
         inputs_ = hidden_TD.new_empty(choices.most_rows, hidden_TD.shape[1])
         gate_up_ = hidden_TD.new_empty(choices.all_rows if keeps else choices.most_rows, weights.gate_up(0).shape[0])
@@ -114,7 +144,7 @@ class _GroupedExperts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_TD,) = gradients
         hidden_TD, gates_TK, chosen_TK, gate_up_, down_bias_ED = ctx.saved_tensors
-        weights, choices = _ExpertWeights(ctx.experts, gradient_TD), _Choices(chosen_TK, gradient_TD)
+        weights, choices = _ExpertWeights(ctx.experts, gradient_TD), _Choices(chosen_TK, gradient_TD, ctx.experts)
         trained: TrainedExperts | None = getattr(ctx.experts, "trained", None)
         observer: ExpertGradientObserver | None = getattr(ctx.experts, "gradient_observer", None)
         sums = [] if trained is None else [torch.zeros_like(tensor) for tensor in trained.tensors.values()]
@@ -219,15 +249,17 @@ class _Choices:
     """All choices of all tokens, grouped by expert.
 
     On a processor with matrix units, every new number of rows costs tens of milliseconds, as long as a product itself,
-    because a kernel is made for its shape. So the numbers of rows are rounded up to a few different ones.
+    because a kernel is made for its shape. So the numbers of rows are rounded up to a few different ones; elsewhere
+    this happens only within :func:`padded_products`.
     """
 
-    def __init__(self, chosen_TK: torch.Tensor, activations: torch.Tensor) -> None:
+    def __init__(self, chosen_TK: torch.Tensor, activations: torch.Tensor, experts: nn.Module) -> None:
         self._chosen_TK = chosen_TK
-        self._pads = activations.dtype == torch.bfloat16 and activations.device.type == "cpu"
+        has_matrix_units = activations.dtype == torch.bfloat16 and activations.device.type == "cpu"
+        self._pads = has_matrix_units or getattr(experts, "pads", False)
         self._order = chosen_TK.reshape(-1).argsort(stable=True)
-        experts, counts = chosen_TK.reshape(-1)[self._order].unique_consecutive(return_counts=True)
-        self._experts: list[int] = experts.tolist()
+        chosen, counts = chosen_TK.reshape(-1)[self._order].unique_consecutive(return_counts=True)
+        self._experts: list[int] = chosen.tolist()
         self._counts: list[int] = counts.tolist()
 
     @property
@@ -260,4 +292,4 @@ class _Choices:
         )
 
     def _padding(self, n_tokens: int) -> int:
-        return -n_tokens % (16 if n_tokens <= 128 else 64) if self._pads else 0
+        return -n_tokens % (ROWS_OF_A_PRODUCT if n_tokens <= 128 else 64) if self._pads else 0

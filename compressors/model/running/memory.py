@@ -28,6 +28,7 @@ __all__ = [
     "least_bytes",
     "place",
     "positions_at_once",
+    "rows_at_once",
     "working_bytes",
 ]
 
@@ -76,9 +77,31 @@ def positions_at_once(vocab_size: int) -> int:
 
 def working_bytes(spec: ModelSpec) -> int:
     """Memory for computing one layer beside weights and hidden states: activations, and one expert in float32."""
+    return _activation_bytes(spec) + 4 * max(layer.expert_parameters for layer in spec.blocks)
+
+
+def rows_at_once(spec: ModelSpec, n_keys: int) -> int:
+    """Single positions of cached texts in one call of a layer: at most 512, a multiple of 16.
+
+    Each row has keys and values of its own, repeated for every query head, so few fit among a layer's activations.
+
+    Args:
+        spec: the model.
+        n_keys: positions of a text that the cache has room for.
+    """
+    mixers = [layer.mixer for layer in spec.layers if layer.mixer.cached_values]
+    values = max((mixer.cached_values + 5 * mixer.width // 2 for mixer in mixers), default=0)  # latent keys are wider
+    n_rows = _activation_bytes(spec) // max(4 * n_keys * values, 1)
+    return max(_ROWS_STEP, min(_MOST_ROWS, n_rows // _ROWS_STEP * _ROWS_STEP))
+
+
+_ROWS_STEP, _MOST_ROWS = 16, 512
+
+
+def _activation_bytes(spec: ModelSpec) -> int:
+    """Memory for the activations of the token blocks of one call."""
     width = max(spec.hidden_size, *(_state_width(layer) for layer in spec.blocks))
-    activations = blocks_at_once(StorageType.F32) * _BLOCK_TOKENS * width * 4 * _ACTIVATIONS
-    return activations + 4 * max(layer.expert_parameters for layer in spec.blocks)
+    return blocks_at_once(StorageType.F32) * _BLOCK_TOKENS * width * 4 * _ACTIVATIONS
 
 
 def _state_width(layer: LayerSpec) -> int:

@@ -24,7 +24,7 @@ from compressors.model.predictions.head_inputs import finished_logits, head_part
 from compressors.model.running.expert_choice import ExpertChoice, choosing
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
-from compressors.model.running.masks import causal_mask
+from compressors.model.running.masks import SinglePositions, layer_mask
 from compressors.model.running.memory import (
     MemoryLimit,
     Placement,
@@ -142,15 +142,27 @@ class StreamedModel:
             module.to_empty(device="meta")
 
     def run_layer(
-        self, layer: nn.Module, hidden_BTD: torch.Tensor, first_position: int = 0, cache: Cache | None = None
+        self,
+        layer: nn.Module,
+        hidden_BTD: torch.Tensor,
+        place: int | SinglePositions = 0,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """The layer's output for these hidden states, causal within each row: [B, T, D].
 
         With a cache of the keys and values of earlier positions, the states are those of one position, or the first.
+
+        Args:
+            layer: the layer, with its weights.
+            hidden_BTD: the states that enter it.
+            place: the position of the first state of every row, or the position of each row's only state.
+            cache: keys, values and states of earlier positions.
         """
+        first_position = place if isinstance(place, int) else place.positions_B[:, None]
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None] + first_position
         rotary = self._skeleton.position_embeddings(self._indices[layer], hidden_BTD, positions)
-        mask = self._mask(layer, hidden_BTD, first_position)
+        mixer = self.spec.blocks[self._indices[layer]].mixer
+        mask = layer_mask(mixer, place, hidden_BTD, is_causal_by_itself=self._skeleton.is_causal_by_itself)
         others: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache}
         if rotary is not None:
             others["position_embeddings"] = rotary
@@ -159,16 +171,6 @@ class StreamedModel:
             functional_call(layer, trained, hidden_BTD, others) if trained else layer(hidden_BTD, **others)
         )
         return output
-
-    def _mask(self, layer: nn.Module, hidden_BTD: torch.Tensor, first_position: int) -> torch.Tensor | None:
-        """The mask of a layer; None where it is causal by itself and reaches back over everything."""
-        mixer, n_new = self.spec.blocks[self._indices[layer]].mixer, hidden_BTD.shape[1]
-        if not mixer.cached_values:  # it does not look at positions
-            return None
-        is_short = mixer.window is None or first_position + n_new <= mixer.window
-        if self._skeleton.is_causal_by_itself and is_short:
-            return None
-        return causal_mask(n_new, first_position, mixer.window, hidden_BTD)
 
     def blocks_at_once(self, dtype: torch.dtype) -> int:
         """Token blocks in one call of a layer; fewer where tokens use more experts than the router's top-k."""
