@@ -106,6 +106,8 @@ class Family:
             in ``text_config``; None: there are no such models.
         prefixes: the beginnings of tensor names in such models, in place of ``model.``.
         refusal: says which part of a model transformers' class cannot have; None: none.
+        has_own_tokenizer: transformers takes its own tokenizer class for it, whatever the files name
+            (``MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`` in ``transformers/models/auto/tokenization_auto.py``).
     """
 
     model_type: str
@@ -119,3 +121,4 @@ class Family:
     whole_model_type: str | None = None
     prefixes: tuple[str, ...] = ()
     refusal: Callable[[ModelSpec], str | None] = lambda _spec: None
+    has_own_tokenizer: bool = False

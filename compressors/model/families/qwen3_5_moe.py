@@ -70,4 +70,5 @@ FAMILY = Family(
     skipped=(gated_delta.MTP, SkippedPart(r"(model\.)?visual\..*", "the part that sees images")),
     whole_model_type="qwen3_5_moe",
     prefixes=("model.language_model.",),
+    has_own_tokenizer=True,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from pathlib import Path
 
 from compressors.model.sources.gguf_source import GgufSource
@@ -10,14 +12,35 @@ from compressors.model.sources.source import Source
 
 __all__ = ["open_source"]
 
+_REMEMBERED = 2  # the original, and what it is compared with
+
 
 def open_source(path: Path) -> Source:
     """Opens a model: the folder of a Hugging Face checkpoint, such as a student that was saved, or a GGUF file.
 
-    Of a model that was split into several GGUF files, the first is given. No weight is read.
+    Of a model that was split into several GGUF files, the first is given. No weight is read. A checkpoint is remembered
+    while the files of its folder stay as they are: 20,000 headers take a second, and a plan asks for them many times.
 
     Raises:
         InputError: the path holds no model that can be read.
         UnsupportedError: it holds one of a kind that is not read.
     """
-    return GgufSource(path) if path.suffix == ".gguf" and not path.is_dir() else Checkpoint(path)
+    if path.suffix == ".gguf" and not path.is_dir():
+        return GgufSource(path)
+    return _checkpoint(path, _state(path))
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _checkpoint(folder: Path, state: object) -> Checkpoint:
+    return Checkpoint(folder)
+
+
+def _state(folder: Path) -> object:
+    """Name, size, time and number of each file; without a folder that can be listed, opening says what is wrong."""
+    try:
+        found = [(entry.name, entry.stat()) for entry in os.scandir(folder.resolve())]
+    except OSError:
+        return None
+    return tuple(
+        sorted((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino) for name, status in found)
+    )
