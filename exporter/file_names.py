@@ -70,7 +70,7 @@ LAST_WORDS = StageFile("last_words.json")
 
 # ---- sensitivity, teacher_texts
 SENSITIVITIES = StageFile("")
-"""All of the stage's folder (:class:`compressors.sensitivity.Sensitivities`)."""
+"""All of the stage's folder (:class:`compressors.sensitivity.matrices.Sensitivities`)."""
 GENERATION = StageFile("generation.json")
 """The figures of the teacher's texts."""
 

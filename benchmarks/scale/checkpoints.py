@@ -1,6 +1,6 @@
 """Writes checkpoints with the shape of published models and random weights, one tensor in memory at a time.
 
-    python -m benchmarks.scale.checkpoints olmoe|qwen3-30b FOLDER [--layers N]
+    python -m benchmarks.scale.checkpoints olmoe|qwen3-30b FOLDER [--layers N] [--sparse]
 
 Weights are normal with the models' own initial standard deviation; routers such that logits have a standard deviation
 of about 1. The tokenizer is the bundled model's, whose token ids exist in every larger vocabulary.
@@ -108,7 +108,9 @@ class _Tensor:
         return prod(self.shape) * _BYTES_PER_VALUE
 
 
-def write_checkpoint(config: Mapping[str, Any], folder: Path, *, shard_bytes: int = 4_000_000_000) -> None:
+def write_checkpoint(
+    config: Mapping[str, Any], folder: Path, *, shard_bytes: int = 4_000_000_000, sparse: bool = False
+) -> None:
     """Writes a checkpoint of this configuration: bfloat16 shards with an index, one tensor per expert.
 
     Equal arguments give equal bytes. The folder is complete or absent.
@@ -117,6 +119,7 @@ def write_checkpoint(config: Mapping[str, Any], folder: Path, *, shard_bytes: in
         config: what ``config.json`` says, such as a value of :data:`MODELS`.
         folder: is made; must not exist.
         shard_bytes: most bytes of tensors in one file, unless one tensor is larger.
+        sparse: weights are holes that read as zeros and take no disk: only headers are real.
 
     Raises:
         InputError: the folder exists.
@@ -131,7 +134,7 @@ def write_checkpoint(config: Mapping[str, Any], folder: Path, *, shard_bytes: in
         shutil.copyfile(resolve_model(None) / name, partial / name)
     spec = read_spec(partial)
     shards = _shards(_tensors(spec), shard_bytes)
-    values = _Values(spec.hidden_size)
+    values = None if sparse else _Values(spec.hidden_size)
     weight_map = {}
     for number, tensors in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -200,8 +203,8 @@ def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     return bits
 
 
-def _write_shard(file: Path, tensors: Sequence[_Tensor], values: _Values) -> None:
-    """The safetensors format: 8 bytes of header length, the header as JSON, the tensors' bytes."""
+def _write_shard(file: Path, tensors: Sequence[_Tensor], values: _Values | None) -> None:
+    """The safetensors format: 8 bytes of header length, the header as JSON, the tensors' bytes; None leaves a hole."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -211,6 +214,9 @@ def _write_shard(file: Path, tensors: Sequence[_Tensor], values: _Values) -> Non
     text += b" " * (-len(text) % _ALIGNMENT)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
+        if values is None:
+            stream.truncate(stream.tell() + end)
+            return
         for tensor in tensors:
             for piece in values.of(tensor):
                 stream.write(piece.data)
@@ -220,11 +226,12 @@ def _write_shard(file: Path, tensors: Sequence[_Tensor], values: _Values) -> Non
 @click.argument("model", type=click.Choice(sorted(MODELS)))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--layers", type=click.IntRange(min=1), help="Decoder layers.  [default: as published]")
-def main(model: str, folder: Path, layers: int | None) -> None:
+@click.option("--sparse", is_flag=True, help="Real headers, and holes in place of the weights.")
+def main(model: str, folder: Path, layers: int | None, sparse: bool) -> None:
     """Write a checkpoint of MODEL's shape into FOLDER."""
     start = time.monotonic()
     try:
-        write_checkpoint(with_layers(MODELS[model], layers), folder)
+        write_checkpoint(with_layers(MODELS[model], layers), folder, sparse=sparse)
     except InputError as error:
         raise click.ClickException(str(error)) from None
     n_bytes = sum(file.stat().st_size for file in folder.iterdir())

@@ -32,7 +32,7 @@ from compressors.calibration.token_streams import (
     whole_streams,
 )
 from compressors.model.errors import InputError
-from compressors.model.files.tokenizer_files import load_tokenizer
+from compressors.model.files.tokenizer_files import load_tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ class TokenizedSplit:
     """The full blocks of a split, file by file; for a long text only the wanted ones."""
 
     name: str
-    blocks: tuple[tuple[str, torch.Tensor], ...]  # domain, int64 [its blocks, T]
+    blocks: tuple[tuple[str, npt.NDArray[np.int64]], ...]  # domain, [its blocks, T]
 
     @property
     def n_blocks(self) -> int:
@@ -134,18 +134,26 @@ class TokenizedSplit:
         Raises:
             InputError: the split has fewer blocks.
         """
-        if not 1 <= n_blocks <= self.n_blocks:
-            length = self.blocks[0][1].shape[1]
-            raise InputError(
-                f"{n_blocks} blocks of {length} tokens are asked of the {self.name} text, which has {self.n_blocks}; "
-                "give more text or ask for fewer blocks"
-            )
+        self.check_has(n_blocks)
         shares = shares_of([len(blocks_BT) for _, blocks_BT in self.blocks], n_blocks)
         chosen = [
             (domain, _evenly_spaced(blocks_BT, share))
             for (domain, blocks_BT), share in zip(self.blocks, shares, strict=True)
         ]
         return _taking_turns(chosen)
+
+    def check_has(self, n_blocks: int) -> None:
+        """Checks that the split has so many blocks, and that at least one is asked for.
+
+        Raises:
+            InputError: it has fewer.
+        """
+        if not 1 <= n_blocks <= self.n_blocks:
+            length = self.blocks[0][1].shape[1]
+            raise InputError(
+                f"{n_blocks} blocks of {length} tokens are asked of the {self.name} text, which has {self.n_blocks}; "
+                "give more text or ask for fewer blocks"
+            )
 
     def leading(self, n_blocks_per_file: int | None = None) -> TokenBlocks:
         """The first blocks of each file, file by file, as llama-perplexity's ``--chunks`` takes them; None: all.
@@ -156,7 +164,7 @@ class TokenizedSplit:
 
         taken = [(domain, blocks_BT[:n_blocks_per_file]) for domain, blocks_BT in self.blocks]
         return TokenBlocks(
-            torch.cat([blocks_BT for _, blocks_BT in taken]),
+            torch.from_numpy(np.concatenate([blocks_BT for _, blocks_BT in taken])),
             tuple(domain for domain, blocks_BT in taken for _ in range(len(blocks_BT))),
         )
 
@@ -197,7 +205,7 @@ def tokenize(
         InputError: the checkpoint has no usable tokenizer, a split has no full block, or two splits share more than
             a few blocks of tokens, at any position, or as much text in another form.
     """
-    tokenizer = load_tokenizer(checkpoint_folder)
+    tokenizer = open_tokenizer(checkpoint_folder)
     in_order = (splits.calibration, splits.selection, splits.heldout)
     enough: list[dict[str, int]] = [{}, {}, {}]
     if wanted is not None:
@@ -232,7 +240,7 @@ def tokenize_heldout(
     """
     split = TextSplit("held-out", read_parts(path))
     if isinstance(tokenizer, Path):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = open_tokenizer(tokenizer)
     streams = _streams(split, tokenizer, block_length, leading=blocks_per_file)
     return split, _blocks_of(split, streams, block_length, _bos_token(tokenizer))
 
@@ -274,7 +282,6 @@ def _streams(
 
 
 def _blocks_of(split: TextSplit, streams: list[Stream], block_length: int, bos: int | None) -> TokenizedSplit:
-    import torch
 
     blocks = []
     for part in split.parts:
@@ -282,7 +289,7 @@ def _blocks_of(split: TextSplit, streams: list[Stream], block_length: int, bos: 
         blocks_BT = np.concatenate([np.empty((0, block_length), dtype=np.int64), *full])
         if bos is not None:
             blocks_BT[:, 0] = bos
-        blocks.append((part.domain, torch.from_numpy(blocks_BT)))
+        blocks.append((part.domain, blocks_BT))
     return TokenizedSplit(split.name, tuple(blocks))
 
 
@@ -329,13 +336,13 @@ def _not_apart(first: TextSplit, second: TextSplit, part: DomainText, other: Dom
     )
 
 
-def _evenly_spaced(blocks_BT: torch.Tensor, count: int) -> torch.Tensor:
+def _evenly_spaced(blocks_BT: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
     """Returns the middle block of each of ``count`` equal stretches."""
     picks = [(2 * index + 1) * len(blocks_BT) // (2 * count) for index in range(count)]
     return blocks_BT[picks]
 
 
-def _taking_turns(chosen: list[tuple[str, torch.Tensor]]) -> TokenBlocks:
+def _taking_turns(chosen: list[tuple[str, npt.NDArray[np.int64]]]) -> TokenBlocks:
     import torch
 
     order = [
@@ -344,4 +351,6 @@ def _taking_turns(chosen: list[tuple[str, torch.Tensor]]) -> TokenBlocks:
         for domain, blocks_BT in chosen
         if turn < len(blocks_BT)
     ]
-    return TokenBlocks(torch.stack([tokens_T for _, tokens_T in order]), tuple(domain for domain, _ in order))
+    return TokenBlocks(
+        torch.from_numpy(np.stack([tokens_T for _, tokens_T in order])), tuple(domain for domain, _ in order)
+    )

@@ -5,9 +5,11 @@ Everything that can be checked without opening the model is checked here, so a w
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -245,13 +247,22 @@ def _seed(seed: int) -> int:
 
 
 def _device(name: str) -> str:
-    import torch
-
     _one_of("--device", name, _DEVICES)
-    has_cuda = torch.cuda.is_available()
+    has_cuda = name != "cpu" and _has_cuda()
     if name == "cuda" and not has_cuda:
         raise InputError("--device cuda: this torch sees no CUDA device; install a CUDA build, or use --device cpu")
     return ("cuda" if has_cuda else "cpu") if name == "auto" else name
+
+
+def _has_cuda() -> bool:
+    """True if torch can compute on a GPU. It takes a second to import, so it is asked only where there is a driver."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _model_name(model: str | None) -> str:

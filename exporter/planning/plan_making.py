@@ -51,8 +51,8 @@ def make_plan(job: Job, command: str) -> Plan:
     if recipe is None:
         recipe, predictions, refused = choose_recipe(job, checkpoint, _name(job), splits, counts, memory_bytes)
     else:
-        tokenized[0].spread(recipe.text.calibration_blocks)  # refused now, not by the stage
-        tokenized[1].spread(recipe.text.selection_blocks)
+        tokenized[0].check_has(recipe.text.calibration_blocks)  # refused now, not by the stage
+        tokenized[1].check_has(recipe.text.selection_blocks)
         recipe = _completed(job, recipe, checkpoint, splits)
         predictions, refused = predict_recipe(recipe, checkpoint), ()
     if recipe.compress.student == "dense" and "routing" in job.require:

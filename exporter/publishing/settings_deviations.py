@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compressors.model.config.config_check import check_against_transformers
 from compressors.model.description.gguf_rope import yarn_constants
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
@@ -14,13 +13,8 @@ __all__ = ["settings_deviations"]
 
 
 def settings_deviations(checkpoint: Source, artifact: str) -> Iterator[str]:
-    """Yields a sentence for each difference of an artifact (gguf or onnx).
-
-    Raises:
-        UnsupportedError: transformers reads ``config.json`` in another way; the message names the setting.
-    """
+    """Yields a sentence for each difference of an artifact (gguf or onnx)."""
     spec = checkpoint.spec
-    check_against_transformers(checkpoint.config, checkpoint.config_path, spec)
     yield from _of_window(spec)
     yield from _of_rope(spec, artifact)
 

@@ -77,6 +77,8 @@ def refuse_unless_something_fits(
         BudgetError: the message names the smallest budget that would work for all artifacts.
         UnsupportedError: a container can hold none of the structures.
     """
+    if all(_holds_the_first(recipe, artifact, checkpoint, structures) for artifact in artifacts):
+        return
     needs = {artifact: _least(recipe, artifact, checkpoint, structures) for artifact in artifacts}
     artifact = max(artifacts, key=lambda name: needs[name][0])
     n_bytes, choice = needs[artifact]
@@ -89,6 +91,15 @@ def refuse_unless_something_fits(
         f"the smallest {artifact} needs {format_size(n_bytes)} of {counted}. "
         f"The smallest budget that works is --budget {n_bytes}B"
     )
+
+
+def _holds_the_first(recipe: Recipe, artifact: str, checkpoint: Source, structures: Sequence[CompressChoice]) -> bool:
+    """True if the structure that changes least fits with its smallest types: then no other needs to be looked at."""
+    try:
+        untyped = untyped_file_of(recipe, artifact, checkpoint, structures[0])
+        return smallest(untyped, units_of(untyped, checkpoint.storage_type)) <= recipe.budget.bytes
+    except UnsupportedError:
+        return False
 
 
 def _least(

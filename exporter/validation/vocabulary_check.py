@@ -19,7 +19,8 @@ from compressors.model.config.special_tokens import special_tokens
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.gguf.pre_tokenizers import KnownDifference
-from compressors.model.files.tokenizer_files import load_tokenizer, tokens_of
+from compressors.model.files.plain_tokenizer import PlainTokenizer
+from compressors.model.files.tokenizer_files import open_tokenizer, tokens_of
 from exporter.writing.gguf.container import Value, render_header, render_values, string
 from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
 from exporter.writing.gguf.vocabulary.pre_tokenizers import is_byte_level, known_differences, steps_of
@@ -50,7 +51,7 @@ def vocabulary_deviations(folder: Path, spec: ModelSpec, name: str) -> Iterator[
         UnsupportedError: llama.cpp cannot read it, or cuts ordinary text differently; the message shows which.
     """
     vocabulary = vocabulary_metadata(folder, spec.vocab_size)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     texts = [*AWKWARD_TEXTS, *texts_around(tokenizer.get_added_vocab())]
     plain_texts = [*AWKWARD_TEXTS, *texts_around(special)]
@@ -101,7 +102,7 @@ def _instead(name: str) -> str:
     return "use --formats onnx"
 
 
-def _parts(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _parts(tokenizer: PlainTokenizer | PreTrainedTokenizerFast) -> dict[str, Any]:
     """A ``tokenizer.json`` without vocabulary and merges, which take long to write and to read."""
     backend = tokenizer.backend_tokenizer
     steps = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
@@ -165,7 +166,7 @@ class _Judge:
 
 def _around_texts(folder: Path, parsed: Sequence[int], whole: Sequence[int]) -> Iterator[str]:
     """Compares the tokens that both sides put before and behind a text, with the first text of the page."""
-    tokenizer, text = load_tokenizer(folder), AWKWARD_TEXTS[0]
+    tokenizer, text = open_tokenizer(folder), AWKWARD_TEXTS[0]
     wanted = tokens_around(tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False))
     for where, tokens, others in zip(("before", "behind"), wanted, tokens_around(whole, parsed), strict=True):
         if tokens != others:
@@ -175,7 +176,7 @@ def _around_texts(folder: Path, parsed: Sequence[int], whole: Sequence[int]) -> 
 
 def _ends_of_generation(folder: Path, spec: ModelSpec, found: frozenset[int]) -> Iterator[str]:
     """Compares the tokens at which a text ends: llama.cpp has keys for three, and knows some by their text alone."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     wanted = set(special_tokens(folder, spec.vocab_size).ends)
     used = {token for token in found if tokenizer.convert_ids_to_tokens(token) is not None}  # others are only rows
     if missing := _named(folder, sorted(wanted - found)):
@@ -186,7 +187,7 @@ def _ends_of_generation(folder: Path, spec: ModelSpec, found: frozenset[int]) ->
 
 def _named(folder: Path, tokens: Sequence[int]) -> str:
     """All tokens by their texts, for a sentence; empty for none."""
-    return ", ".join(load_tokenizer(folder).convert_ids_to_tokens(list(tokens)))
+    return ", ".join(open_tokenizer(folder).convert_ids_to_tokens(list(tokens)))
 
 
 def _short(text: str) -> str:

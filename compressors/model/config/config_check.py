@@ -1,7 +1,7 @@
 """Compares the description that was read from ``config.json`` with transformers' own reading of the same file.
 
 A safety net for :mod:`compressors.model.config.reading`: if a version of transformers reads a setting in another way,
-the run ends with the setting's name before any work, not with a file that computes something else.
+the run ends with the setting's name before a weight is read, not with a file that computes something else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressors.model.config.reading import WITHOUT_EFFECT, model_settings, transformers_config
 from compressors.model.config.settings import Settings
@@ -19,9 +19,6 @@ from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 from compressors.model.names import shown
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["check_against_transformers"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
-from compressors.model.files.tokenizer_files import load_tokenizer
+from compressors.model.files.tokenizer_files import open_tokenizer
 
 __all__ = ["ConfiguredTokens", "SpecialTokens", "configured_tokens", "special_tokens"]
 
@@ -47,7 +47,7 @@ def special_tokens(folder: Path, vocab_size: int) -> SpecialTokens:
         InputError: a configuration or the tokenizer is damaged, or the only end tokens are outside the vocabulary.
     """
     configured = configured_tokens(folder, vocab_size)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     own: int | None = tokenizer.eos_token_id
     ends = configured.ends if own is None or own in configured.ends else (*configured.ends, own)
     if not ends and configured.without_row:

@@ -109,6 +109,8 @@ class Family:
         mtp: describes the layer for predicting one more token that checkpoints have behind the decoder layers, as
             llama.cpp runs it (``LLM_GRAPH_TYPE_DECODER_MTP``); None: there is none that it runs.
         why_no_mtp: says why llama.cpp cannot use such layers of the checkpoints; None: it can, or they have none.
+        has_own_tokenizer: transformers takes its own tokenizer class for it, whatever the files name
+            (``MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`` in ``transformers/models/auto/tokenization_auto.py``).
     """
 
     model_type: str
@@ -124,3 +126,4 @@ class Family:
     refusal: Callable[[ModelSpec], str | None] = lambda _spec: None
     mtp: Callable[[ModelSpec], LayerSpec] | None = None
     why_no_mtp: str | None = None
+    has_own_tokenizer: bool = False

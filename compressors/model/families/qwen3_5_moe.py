@@ -71,4 +71,5 @@ FAMILY = Family(
     whole_model_type="qwen3_5_moe",
     prefixes=("model.language_model.",),
     mtp=gated_delta.mtp,
+    has_own_tokenizer=True,
 )

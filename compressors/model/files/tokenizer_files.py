@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
+from compressors.model.files.plain_tokenizer import PlainTokenizer, plain_tokenizer
 from compressors.model.files.vocabularies.made_files import MADE_OF, made_tokenizer_files, named_code
 from compressors.model.names import shown
 
@@ -28,6 +29,7 @@ __all__ = [
     "copy_tokenizer_files",
     "files_state",
     "load_tokenizer",
+    "open_tokenizer",
     "read_tokenizer_json",
     "tokens_of",
 ]
@@ -58,6 +60,21 @@ def files_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
     further = (path for pattern in (f"{_TEMPLATES}/*", *MADE_OF) for path in sorted(folder.glob(pattern)))
     paths = [*(folder / name for name in names), *further]
     return tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.is_file())
+
+
+def open_tokenizer(folder: Path) -> PlainTokenizer | PreTrainedTokenizerFast:
+    """Returns a checkpoint's tokenizer for plans, without transformers where that would change nothing.
+
+    Raises:
+        InputError: as :func:`load_tokenizer`.
+    """
+    return _plain_tokenizer(folder, files_state(folder)) or load_tokenizer(folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _plain_tokenizer(folder: Path, state: object) -> PlainTokenizer | None:
+    plain = plain_tokenizer(folder)
+    return None if plain is None or not plain.encode("a", add_special_tokens=False) else plain
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -135,7 +152,10 @@ def tokens_of(folder: Path, texts: Sequence[str], *, read_special_as_text: bool 
     Raises:
         InputError: as :func:`load_tokenizer`, or the tokenizer has no token for a part of a text.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
+    if isinstance(tokenizer, PlainTokenizer):
+        plain = tokenizer.encode_all(texts, add_special_tokens=False, special_as_text=read_special_as_text)
+        return [tuple(tokens) for tokens in plain]
     encoded = _guarded(
         lambda: tokenizer(
             list(texts), add_special_tokens=False, split_special_tokens=read_special_as_text, verbose=False
@@ -154,7 +174,7 @@ def class_with_other_words(folder: Path) -> str | None:
     Raises:
         InputError: as :func:`load_tokenizer`.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     path = folder / "tokenizer.json"
     written = _words(read_json(path).get("pre_tokenizer")) if path.is_file() else []
     if not any(step.get("type") == "ByteLevel" for step in written):

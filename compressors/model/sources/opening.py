@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from pathlib import Path
 
 from compressors.model.errors import UnsupportedError
@@ -11,12 +13,15 @@ from compressors.model.sources.source import Source
 
 __all__ = ["open_source"]
 
+_REMEMBERED = 2  # the original, and what it is compared with
+
 
 def open_source(path: Path, *, keeps_mtp: bool = False) -> Source:
     """Opens a model: the folder of a Hugging Face checkpoint, such as a student that was saved, or a GGUF file.
 
     Of a model that was split into several GGUF files, the first is given. No weight is read, except those that may be
-    copies of others.
+    copies of others. A checkpoint is remembered while the files of its folder stay as they are: 20,000 headers take a
+    second, and a plan asks for them many times.
 
     Args:
         path: the folder or the file.
@@ -27,9 +32,25 @@ def open_source(path: Path, *, keeps_mtp: bool = False) -> Source:
         UnsupportedError: it holds one of a kind that is not read, or no layer for MTP that can be kept.
     """
     if path.suffix != ".gguf" or path.is_dir():
-        return Checkpoint(path, keeps_mtp=keeps_mtp)
+        return _checkpoint(path, _state(path), keeps_mtp)
     if keeps_mtp:
         raise UnsupportedError(
             f"{path}: GGUF files are read without a layer for MTP: give the checkpoint, or leave --keep-mtp out"
         )
     return GgufSource(path)
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _checkpoint(folder: Path, state: object, keeps_mtp: bool) -> Checkpoint:
+    return Checkpoint(folder, keeps_mtp=keeps_mtp)
+
+
+def _state(folder: Path) -> object:
+    """Name, size, time and number of each file; without a folder that can be listed, opening says what is wrong."""
+    try:
+        found = [(entry.name, entry.stat()) for entry in os.scandir(folder.resolve())]
+    except OSError:
+        return None
+    return tuple(
+        sorted((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino) for name, status in found)
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from compressors.calibration.splits import Splits, block_length_of, load_tokenizer, read_splits, tokenize
+from compressors.model.config.config_check import check_against_transformers
 from compressors.model.errors import InputError
 from compressors.model.parallel import is_first
 from compressors.model.running.arithmetic import dtype_of
@@ -32,6 +33,7 @@ def calibrate(context: StageContext) -> None:
     plan = context.plan
     use_threads(plan)
     checkpoint = plan.open_source()
+    check_against_transformers(checkpoint.config, checkpoint.config_path, checkpoint.spec)
     text = plan.recipe.text
     splits = read_splits(plan.calibration, plan.heldout)
     _refuse_changed_inputs(context, checkpoint, splits)

@@ -17,7 +17,7 @@ __all__ = ["sensitivity", "watched_blocks"]
 
 
 def sensitivity(context: StageContext) -> None:
-    """Writes :class:`~compressors.sensitivity.Sensitivities` into the stage's folder.
+    """Writes :class:`~compressors.sensitivity.matrices.Sensitivities` into the stage's folder.
 
     It takes about four forward passes over few tokens: an attempt that was killed begins again.
     """

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressors.calibration import layer_inputs
 from compressors.calibration.layer_inputs import LayerInputs, write_layer_inputs
-from compressors.calibration.sizes import layer_input_bytes, n_kept_blocks
+from compressors.calibration.sizes import KEPT_TOKENS, layer_input_bytes, n_kept_blocks
 from compressors.model.errors import InputError
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.streaming import StreamedModel, TokenGroup
@@ -66,4 +65,4 @@ def test_they_are_what_each_layer_is_given(float32_toy: Source, tmp_path: Path, 
         model.run(index, weights, entering, leaving)
         kept = inputs.read(index + 1, slice(0, 3)).float()
         assert (leaving.read(slice(0, 3)).float() - kept).norm() < 0.01 * kept.norm()
-    assert tokens_BT.numel() <= layer_inputs.KEPT_TOKENS
+    assert tokens_BT.numel() <= KEPT_TOKENS

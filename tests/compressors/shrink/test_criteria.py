@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import compressors.shrink.criteria
+import compressors.shrink.removal_error
 from compressors.calibration.statistics import LayerStatistics
 from compressors.model.sources.opening import open_source
 from compressors.shrink.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR
@@ -199,7 +199,7 @@ def test_pieces_do_not_change_the_removal_error(
 ) -> None:
     block, inputs_TD = sample
     at_once = removal_error(block, inputs_TD)
-    monkeypatch.setattr(compressors.shrink.criteria, "_PIECE_BYTES", 60_000)
+    monkeypatch.setattr(compressors.shrink.removal_error, "_PIECE_BYTES", 60_000)
     torch.testing.assert_close(removal_error(block, inputs_TD), at_once, rtol=1e-5, atol=0)
 
 

@@ -17,7 +17,7 @@ from gguf.constants import Keys, TokenType
 
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.gguf.gguf_file import GgufFile
-from compressors.model.files.tokenizer_files import files_state, load_tokenizer
+from compressors.model.files.tokenizer_files import files_state, open_tokenizer
 from compressors.model.sources.gguf_folder import VOCABULARY
 from exporter.writing.gguf.container import Value, int32_array, string, string_array
 from exporter.writing.gguf.vocabulary.pre_tokenizers import is_byte_level, known_pre_tokenizer, steps_of
@@ -51,7 +51,7 @@ def _vocabulary_metadata(folder: Path, vocab_size: int, state: object) -> Mappin
     if (folder / VOCABULARY).is_file():
         return {key: Value(value) for key, value in GgufFile(folder / VOCABULARY).stored_values("").items()}
     path = folder / "tokenizer.json"
-    loaded = load_tokenizer(folder)
+    loaded = open_tokenizer(folder)
     tokenizer = json.loads(loaded.backend_tokenizer.to_str())
     tokens, types = _tokens(tokenizer, vocab_size, path)
     if len(_vocabulary(tokenizer)) < loaded.backend_tokenizer.get_vocab_size(with_added_tokens=False):

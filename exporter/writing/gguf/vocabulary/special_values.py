@@ -14,7 +14,7 @@ from gguf.constants import Keys, TokenType
 
 from compressors.model.config.special_tokens import special_tokens
 from compressors.model.errors import UnsupportedError
-from compressors.model.files.tokenizer_files import load_tokenizer
+from compressors.model.files.tokenizer_files import open_tokenizer
 from exporter.writing.gguf.container import Value, boolean, uint32
 
 __all__ = ["special_token_values", "tokens_around"]
@@ -42,7 +42,7 @@ def special_token_values(
         InputError: a configuration names an invalid id.
         UnsupportedError: the model has no end token, and all of its tokens occur in texts.
     """
-    tokenizer, special = load_tokenizer(folder), special_tokens(folder, vocab_size)
+    tokenizer, special = open_tokenizer(folder), special_tokens(folder, vocab_size)
     before, behind = tokens_around(tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False))
     adds_bos, adds_eos = len(before) == 1, len(behind) == 1 and behind[0] in special.ends
     own = {
