@@ -24,13 +24,11 @@ def advance_with_mtp(
 ) -> Iterator[int]:
     """Takes the hidden states through layers as :meth:`StreamedModel.advance` does, the layer for MTP among them.
 
-    Only groups that somebody observes go through that layer, and no states change there.
+    Only the first group goes through that layer, for its observers' sake: no states change there.
     """
     yield from model.advance(groups, hidden, range(layers.start, min(layers.stop, model.spec.n_layers)))
     for index, weights in model.weights(range(model.spec.n_layers, layers.stop)):
-        for group, states in zip(groups, hidden, strict=True):
-            if group.observers:
-                run_mtp(model, weights, group.tokens_BT, states, observers=group.observers)
+        run_mtp(model, weights, groups[0].tokens_BT, hidden[0], observers=groups[0].observers)
         yield index
 
 
