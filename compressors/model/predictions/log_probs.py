@@ -74,6 +74,8 @@ def decode_log_probs(codes_NV: torch.Tensor, scale_and_smallest_N2: torch.Tensor
 
 def without_impossible(codes_NV: torch.Tensor, scale_and_smallest_N2: torch.Tensor) -> torch.Tensor:
     """As :func:`decode_log_probs`, also in place, but tokens out of range get -inf."""
+    import torch
+
     impossible = (codes_NV == 0) & (scale_and_smallest_N2[:, :1] * _STEPS >= _RANGE_NATS * (1 - 1e-6))
     return decode_log_probs(codes_NV, scale_and_smallest_N2).masked_fill_(impossible, -torch.inf)
 
