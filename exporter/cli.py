@@ -135,17 +135,18 @@ def _option(name: str, help: str | None) -> Callable[[_Function], _Function]:
 def export(**arguments: Any) -> None:
     """Compress MODEL (a folder, a hub id or a GGUF file; without it a small bundled model) to the memory BUDGET."""
     _refuse_unknown_family(arguments["model"])
+    _refuse_choices_beside_a_recipe(arguments)
+    with requests_wait():
+        job = Flags(**arguments).job()  # it imports what it checks with
+    command = shlex.join([_program(), *sys.argv[1:]])
+    if job.dry_run:
+        _dry_run(job, command)
+        return
     with requests_wait():
         from exporter.pipeline.running import follow
         from exporter.processes.team import team
         from exporter.run import run_job
 
-    _refuse_choices_beside_a_recipe(arguments)
-    job = Flags(**arguments).job()
-    command = shlex.join([_program(), *sys.argv[1:]])
-    if job.dry_run:
-        _dry_run(job, command)
-        return
     click.get_current_context().meta[_GOES_ON] = True
     with team() as members:
         if members is not None and not members.leads:

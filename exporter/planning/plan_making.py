@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from compressors.calibration.splits import Splits, block_length_of, read_splits, tokenize
+from compressors.calibration.splits import BlockCounts, Splits, block_length_of, read_splits, tokenize
+from compressors.calibration.text_counts import have_enough
 from compressors.model.config.special_tokens import special_tokens
 from compressors.model.errors import InputError
 from compressors.model.sources.opening import open_source
@@ -45,14 +46,11 @@ def make_plan(job: Job, command: str) -> Plan:
     calibration, heldout = texts_of(job)
     splits = read_splits(calibration, heldout)
     wanted = wanted_blocks(job, len(splits.heldout.parts)) if recipe is None else recipe.text.blocks
-    tokenized = tokenize(splits, checkpoint.tokenizer_folder, block_length_of(checkpoint.spec.context_length), wanted)
-    counts = TextCounts(tokenized[0].n_blocks, tokenized[1].n_blocks, len(tokenized[2].blocks))
+    counts = _counted(job, splits, checkpoint, wanted)
     memory_bytes = job.memory_bytes or psutil.virtual_memory().available // 2 // local_processes()
     if recipe is None:
         recipe, predictions, refused = choose_recipe(job, checkpoint, _name(job), splits, counts, memory_bytes)
     else:
-        tokenized[0].check_has(recipe.text.calibration_blocks)  # refused now, not by the stage
-        tokenized[1].check_has(recipe.text.selection_blocks)
         recipe = _completed(job, recipe, checkpoint, splits)
         predictions, refused = predict_recipe(recipe, checkpoint), ()
     if recipe.compress.student == "dense" and "routing" in job.require:
@@ -86,6 +84,24 @@ def make_plan(job: Job, command: str) -> Plan:
     if not job.floors:
         return plan
     return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))
+
+
+def _counted(job: Job, splits: Splits, checkpoint: Source, wanted: BlockCounts) -> TextCounts:
+    """Counts the blocks of the texts.
+
+    The bundled texts are known to be kept apart, so no more of them is tokenised than shows that they are long enough.
+
+    Raises:
+        InputError: a text is too short, or two share text.
+    """
+    folder, length = checkpoint.tokenizer_folder, block_length_of(checkpoint.spec.context_length)
+    if job.calibration is None and job.text is None and have_enough(splits, folder, length, wanted):
+        return TextCounts(wanted.calibration, wanted.selection, len(splits.heldout.parts))
+    calibration, selection, heldout = tokenize(splits, folder, length, wanted)
+    if job.recipe is not None:
+        calibration.check_has(wanted.calibration)  # refused now, not by the stage
+        selection.check_has(wanted.selection)
+    return TextCounts(calibration.n_blocks, selection.n_blocks, len(heldout.blocks))
 
 
 def texts_of(job: Job) -> tuple[Path, Path | None]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +44,16 @@ def read_json(path: Path, problem: str = "is not valid JSON") -> dict[str, Any]:
     return parse_json(text, f"{path} {problem}", allows_infinity=True)
 
 
-def parse_json(text: bytes, problem: str, *, allows_infinity: bool = False) -> dict[str, Any]:
+def parse_json(
+    text: bytes, problem: str, *, allows_infinity: bool = False, unique: Callable[[str], Exception] | None = None
+) -> dict[str, Any]:
     """Parses one JSON object.
 
     Args:
         text: UTF-8, without a byte order mark.
         problem: the beginning of the message: the file, and that it is not JSON.
         allows_infinity: takes ``Infinity``, which settings of models have where there is no limit.
+        unique: makes the error for a name that stands in an object twice; None: its last value counts.
 
     Raises:
         InputError: the text is not one JSON object; the message gives line and column if they are known.
@@ -57,7 +62,13 @@ def parse_json(text: bytes, problem: str, *, allows_infinity: bool = False) -> d
         if text.startswith(b"\xef\xbb\xbf"):
             raise ValueError("it begins with a byte order mark, which transformers refuses too: save it without")
         constant = _infinity if allows_infinity else _constant
-        data = json.loads(text.decode("utf-8"), parse_constant=constant, parse_float=_finite, parse_int=_whole_number)
+        data = json.loads(
+            text.decode("utf-8"),
+            parse_constant=constant,
+            parse_float=_finite,
+            parse_int=_whole_number,
+            object_pairs_hook=None if unique is None else partial(_of_unique_names, unique),
+        )
         _refuse_depth(data)
         if rb"\ud" in text.lower():
             _refuse_half_characters(data)
@@ -73,6 +84,17 @@ def parse_json(text: bytes, problem: str, *, allows_infinity: bool = False) -> d
     if not isinstance(data, dict):
         raise _invalid(problem, f"it holds no JSON object but {shown(data)}")
     return data
+
+
+def _of_unique_names(error: Callable[[str], Exception], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise error(name)
+            seen.add(name)
+    return found
 
 
 def _invalid(problem: str, why: str) -> InputError:

@@ -6,7 +6,6 @@ after the other, without holes, to the file's end. A name that stands there twic
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +86,8 @@ def parse_header(path: Path, text: bytes, file_size: int) -> dict[str, TensorHea
     """
     if not text.lstrip(b" \t\r\n").startswith(b"{"):
         raise damaged(path, "its header is no JSON object")
-    header = parse_json(text, f"{path} is truncated or not a safetensors file: its header is not JSON")
-    _refuse_double_names(path, text)
+    problem = f"{path} is truncated or not a safetensors file: its header is not JSON"
+    header = parse_json(text, problem, unique=lambda name: damaged(path, f"{shown(name)} is there twice"))
     _check_metadata(path, header.pop("__metadata__", None))
     first_byte = 8 + len(text)
     tensors = {name: _entry(path, name, entry, first_byte) for name, entry in header.items()}
@@ -122,7 +121,7 @@ def _entry(path: Path, name: str, entry: Any, first_byte: int) -> TensorHeader:
         raise damaged(path, f"the entry of tensor {shown(name)} is damaged") from None
     if isinstance(stored, str) and stored not in _BITS:
         raise _unreadable(path, name, stored)
-    whole = isinstance(shape, list) and all(_is_size(number) for number in (*shape, start, end))
+    whole = isinstance(shape, list) and _is_size(start) and _is_size(end) and all(map(_is_size, shape))
     n_bytes = _n_bytes(shape, _BITS[stored]) if whole and isinstance(stored, str) else None
     if n_bytes is None or n_bytes != end - start:
         raise damaged(path, f"the entry of tensor {shown(name)} is damaged")
@@ -148,14 +147,3 @@ def _check_metadata(path: Path, metadata: Any) -> None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise damaged(path, "its __metadata__ are no texts")
-
-
-def _refuse_double_names(path: Path, text: bytes) -> None:
-    def unique(pairs: list[tuple[str, Any]]) -> None:
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise damaged(path, f"{shown(name)} is there twice")
-            seen.add(name)
-
-    json.loads(text, object_pairs_hook=unique)

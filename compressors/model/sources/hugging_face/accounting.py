@@ -38,9 +38,10 @@ def unclaimed(names: Collection[str], claimed: Collection[str], spec: ModelSpec,
         is_float8: True if weights are stored in float8.
     """
     of_model = {*claimed, spec.tensor(Role.HEAD).name}  # a head may stand beside a tied embedding
-    with_scales = {*of_model, *(scales_of(name, names) for name in of_model)}
-    for name in names:
-        if name not in with_scales and _rule(name, spec, is_float8) is None:
+    others = [name for name in names if name not in of_model]
+    of_scales = {scales_of(name, names) for name in of_model} if others else set()
+    for name in others:
+        if name not in of_scales and _rule(name, spec, is_float8) is None:
             yield name
 
 

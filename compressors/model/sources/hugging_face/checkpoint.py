@@ -290,13 +290,14 @@ class Checkpoint:
         config = language_model_config(self.config)
         if (classifier := is_classifier(config, self.headers)) is not None:
             raise UnsupportedError(f"{self.path}: {classifier}")
-        for name, expected in self.expected_shapes():
+        claimed = dict(self.expected_shapes())
+        for name, expected in claimed.items():
             problem = self._problem(name, expected)
             if problem is not None:
                 cause = self._likely_cause(config, name)
                 raise InputError(problem if cause is None else f"{self.path}: {cause}")
             self._check_scales(name)
-        self._refuse_unclaimed(config, {name for name, _ in self.expected_shapes()})
+        self._refuse_unclaimed(config, claimed)
 
     def _refuse_unclaimed(self, config: Mapping[str, Any], claimed: Collection[str]) -> None:
         """Refuses the first tensor that the description does not know."""
