@@ -1,6 +1,6 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint fuzz bench bench-export damage floors latent prediction quality peers pareto scale
+.PHONY: demo test lint fuzz bench bench-export damage floors latent prediction quality peers pareto scale whole-run
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -69,6 +69,10 @@ pareto: .venv/installed-dev
 # Hours, and 40 GB of disk: checkpoints of real shape with random weights, every stage measured.
 scale: .venv/installed-dev
 	$(BIN)/python -m benchmarks.scale
+
+# The whole command against llama.cpp's own tools on OLMoE-1B-7B's shape: hours, and 35 GB of disk.
+whole-run: .venv/installed-dev
+	$(BIN)/python -m benchmarks.whole_run
 
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[cpu]'

@@ -14,10 +14,16 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Tools", "build_tools", "converter"]
+__all__ = ["PATIENCE_SECONDS", "Tools", "build_tools", "converter", "patience"]
 
 _PACKAGE = "llama-cpp-python"
 _PROGRAMS = ("llama-quantize", "llama-perplexity", "llama-imatrix")
+
+PATIENCE_SECONDS = 2
+_PATIENCE = f"""
+#include <unistd.h>
+__attribute__((destructor)) static void wait_for_the_log(void) {{ sleep({PATIENCE_SECONDS}); }}
+"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,20 @@ def converter(folder: Path, python: Path = Path(sys.executable)) -> tuple[str, .
         python: runs it.
     """
     return str(python), str(Path(__file__).with_name("convert.py")), str(_unpacked(folder))
+
+
+def patience(folder: Path) -> Path:
+    """A library that, preloaded into llama-perplexity, makes it wait before it ends; it is compiled into ``folder``.
+
+    The tool ends without waiting for the thread that writes its log (common/log.cpp): on a busy machine the last lines,
+    which are the figures, would be missing.
+    """
+    library = folder.absolute() / "patience.so"
+    if not library.exists():
+        source = library.with_suffix(".c")
+        source.write_text(_PATIENCE, encoding="utf-8")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
 
 
 def _unpacked(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.export.llama_cpp import Tools
+from benchmarks.export.llama_cpp import Tools, patience
 from exporter.hub import bundled_text
 
 __all__ = ["Figures", "Measuring"]
@@ -19,13 +19,6 @@ __all__ = ["Figures", "Measuring"]
 IMATRIX_CHUNKS = 160  # 81,920 tokens
 HELDOUT_CHUNKS = 30
 _NUMBER = r"(-?[\d.]+)"
-
-_PATIENCE = """
-#include <unistd.h>
-__attribute__((destructor)) static void wait_for_the_log(void) { sleep(2); }
-"""
-"""llama-perplexity ends without waiting for the thread that writes its log (common/log.cpp): on a busy machine the last
-lines, which are the figures, would be missing. This library, preloaded into it, makes it wait."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +87,10 @@ class Measuring:
     def _perplexity(self, path: Path, needed: str, *arguments: str | Path) -> str:
         command: list[str | Path] = [*self._tools.perplexity, "-m", path, "-c", "512", "-t", self._threads]
         command += ["--chunks", str(HELDOUT_CHUNKS), *arguments]
-        printed = _run(command, os.environ | {"LD_PRELOAD": str(self._patience())})
+        printed = _run(command, os.environ | {"LD_PRELOAD": str(patience(self._folder))})
         if needed not in printed:
             raise SystemExit(f"{' '.join(map(str, command))} does not print {needed!r}:\n{printed}")
         return printed
-
-    def _patience(self) -> Path:
-        library = self._folder.absolute() / "patience.so"
-        if not library.exists():
-            source = library.with_suffix(".c")
-            source.write_text(_PATIENCE, encoding="utf-8")
-            _run(["cc", "-shared", "-fPIC", "-o", library, source])
-        return library
 
 
 def _write_shuffled(split: str, path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The whole command against llama.cpp's own tools, for the same figures."""

@@ -1,0 +1,74 @@
+"""What both sides of the whole run read, what is seen of a command, and what the table says about the goals."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.whole_run.table import Figures, Part, Side, record
+from benchmarks.whole_run.texts import write_texts
+from benchmarks.whole_run.watched import Cost, run_watched
+from compressors.calibration.splits import read_splits
+
+
+def test_both_sides_read_the_same_text(tmp_path: Path, fine_folder: Path) -> None:
+    texts = write_texts(fine_folder, tmp_path, n_calibration=10, n_heldout=2)  # asserts the numbers of blocks
+    assert read_splits(texts.calibration, texts.heldout).calibration.parts[0].text == texts.statistics.read_text()
+
+
+_COMMAND = """
+import os, subprocess, sys
+if len(sys.argv) > 3:
+    subprocess.Popen([sys.executable, *sys.argv[:3]], start_new_session=True)  # is left behind, and not waited for
+file = os.open(sys.argv[1], os.O_RDONLY)
+os.preadv(file, [bytearray(3000)], 0)
+os.pread(file, 500, 100)
+os.pread(os.open(sys.argv[2], os.O_RDONLY), 500, 0)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or shutil.which("cc") is None, reason="Linux, with a compiler")
+def test_reads_of_the_source_are_counted_in_all_processes(tmp_path: Path) -> None:
+    source, program = tmp_path / "source", tmp_path / "program.py"
+    source.mkdir()
+    (source / "weights").write_bytes(bytes(4000))
+    (tmp_path / "other").write_bytes(bytes(4000))
+    program.write_text(_COMMAND)
+    cost, watched, _ = run_watched(
+        [sys.executable, program, source / "weights", tmp_path / "other", "with a child"],
+        {},
+        source=source,
+        folders=[source],
+        part=lambda: "part",
+        library=tmp_path / "reads.so",
+    )
+    assert watched.reads == {"part": 2 * 3500}
+    assert watched.peak_disk >= 4000 and cost.peak_process > 4_000_000 and cost.calls_read >= 2 * 4000
+    assert cost.seconds > 0 and cost.cpu_seconds > 0
+
+
+def test_the_table_says_which_goals_are_reached(tmp_path: Path) -> None:
+    tool = Cost(10.0, 15.0, 2 * 10**9, 2 * 10**9, 0, 0, 0, 0)
+    theirs = [Part(name, 10.0, 2 * 10**9, cost=tool, peak_disk=10**9) for name in ("convert", "perplexity")]
+    whole = Part("all", 26.0, 3 * 10**9, cost=tool, peak_disk=10**9, source_reads=60 * 10**9)
+    stages = [
+        Part("calibrate", 20.0, 3 * 10**9, source_reads=20 * 10**9),
+        Part("teacher_texts", 6.0, 3 * 10**9, source_reads=40 * 10**9),
+    ]
+    figures = Figures(4 * 10**8, 10.0, 11.0, 0.1, 0.9)
+    run = {"shape": "olmoe", "layers": 2, "quant": "Q4_K", "blocks": 64, "chunks": 20, "threads": 2, "memory": "3.5GB"}
+    for _ in range(2):  # an equal run is replaced
+        record(run, 10**10, Side([whole, *stages], figures), Side(theirs, figures), tmp_path)
+    lines = (tmp_path / "whole_run.md").read_text(encoding="utf-8").splitlines()
+    assert sum(line.startswith("## ") for line in lines) == 1
+    goals = lines[lines.index("| goal | allowed | measured | |") + 2 :]
+    assert goals[:5] == [
+        "| time, of theirs | 1.25 x | 1.30 x | MISSED |",
+        "| peak memory | 3.50 GB | 3.00 GB | reached |",
+        "| disk: the output and a tenth of the source | 1.40 GB | 1.00 GB | reached |",
+        "| reads of the source, without texts | 3 | 2.00 | reached |",
+        "| reads for the original's texts | 16 | 4.00 | reached |",
+    ]
