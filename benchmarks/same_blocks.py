@@ -73,7 +73,7 @@ _INTRODUCTION = (
     "chunks of 512 tokens). A token is a tie where the router logits of the last expert that was chosen and of the",
     f"next differ by less than {TIE_MARGIN:g}. Margin error: the most that the runtime's arithmetic moves that",
     "difference on equal inputs. llama.cpp keeps keys and values in F16 and rounds the inputs of 4-bit products to 8",
-    "bits; ONNX Runtime rounds only those of the output head.",
+    "bits; ONNX Runtime, asked for float32 inputs, rounds only those of the output head.",
     "",
 )
 _LLAMA_CPP, _ONNX_RUNTIME, _TORCH = "llama.cpp", "ONNX Runtime", "torch"
@@ -146,7 +146,7 @@ def compare(
     student = Student.teacher(source)
     types = types_of_onnx(student.spec, preset)
     write_gguf(student, preset, folder / "x.gguf", types=types, name="x", threads=threads)
-    write_onnx(student, preset, folder / "onnx", threads=threads)
+    write_onnx(student, preset, folder / "onnx", inputs="float32", threads=threads)
     written = student.as_written(GgufWeights(folder / "x.gguf", student.spec))
     sample_B = spread_chunks(len(tokens_BT))
     recorder = RouterInputRecorder(folder / "inputs", student.spec, sample_B, tokens_BT.shape[1])

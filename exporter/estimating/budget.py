@@ -39,7 +39,9 @@ def predict(
         lines = gguf_runtime_bytes(spec, file, budget.context, budget.kv_type)
     else:
         file = predict_size(spec, choice.mix, encodings=choice.tensors)
-        lines = onnx_runtime_bytes(spec, choice.mix, budget.context, threads=threads, encodings=choice.tensors)
+        lines = onnx_runtime_bytes(
+            spec, choice.mix, budget.context, threads=threads, encodings=choice.tensors, inputs=choice.inputs
+        )
     return Prediction(file, lines["weights"], lines["kv_cache"], lines["compute"], runtime_reserve(artifact))
 
 

@@ -20,6 +20,7 @@ from pydantic import (
 from compressors.calibration.splits import BlockCounts
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.kv_types import KvType
+from compressors.model.files.integer_blocks import ProductInputs
 from compressors.model.names import shown
 from compressors.model.running.arithmetic import Arithmetic
 from compressors.shrink.registry import EDITS, EXPERT_METHODS
@@ -202,6 +203,7 @@ class FileChoice(_Part):
     mix: str  # a mix of llama-quantize, or a preset of the ONNX writer
     tensors: Mapping[str, str] = {}  # types of single tensors, in place of the mix's
     quantizer: Quantizer = "feedback"
+    inputs: ProductInputs = "int8"  # of products of 4 bits at run time; float32 is for ONNX alone
     imatrix: str | None = None  # SHA-256 of llama.cpp's importance matrix; null: the calibration text's
     why: str | None = None  # how the types were found
 
@@ -230,6 +232,8 @@ class Recipe(_Part):
     def _writes_something(self) -> Recipe:
         if not self.artifacts:
             raise ValueError("gguf and onnx are both null, so nothing would be written: give one of them a type")
+        if self.gguf is not None and self.gguf.inputs == "float32":
+            raise ValueError("inputs of gguf must be int8: llama.cpp multiplies blocks with no other")
         return self
 
     def file(self, artifact: str) -> FileChoice:

@@ -148,7 +148,7 @@ GGUF = Stage(
 ONNX = Stage(
     "onnx",
     "files.writers",
-    version=4,
+    version=5,
     what="write the ONNX folder",
     reads=_STUDENT | _STATISTICS | _FEEDBACK,
     writes=(ONNX_FOLDER, ORIGINAL_VALUES),

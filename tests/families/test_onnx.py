@@ -134,7 +134,7 @@ def test_quantized_files(folder: Path, blocks_BT: torch.Tensor, tmp_path: Path, 
     """Products of 8 bits may quantize their inputs too, which sends some tokens to other experts."""
     teacher = Student.teacher(Checkpoint(folder))
     units = [unit.name for unit in onnx_units(teacher.spec) if bits == 4 or unit.name.endswith(".experts")]
-    write_onnx(teacher, "F32", tmp_path, encodings=dict.fromkeys(units, f"{bits}@16"), threads=1)
+    write_onnx(teacher, "F32", tmp_path, encodings=dict.fromkeys(units, f"{bits}@16"), inputs="float32", threads=1)
     weights = OnnxWeights(tmp_path, teacher.spec)
     written = teacher.as_written(weights)
     assert compare_weights(teacher, written, weights.stored_type).damage == ()

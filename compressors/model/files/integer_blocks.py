@@ -13,11 +13,15 @@ Letters: R rows, N values of a row, K blocks of a row, B values of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BITS", "BlockType", "IntegerBlocks", "float16_values", "round_to_codes", "search_blocks"]
+__all__ = ["BITS", "BlockType", "IntegerBlocks", "ProductInputs", "float16_values", "round_to_codes", "search_blocks"]
+
+ProductInputs = Literal["int8", "float32"]
+"""The form of the values that a runtime multiplies blocks with; int8 has a scale for as many values as a block has."""
 
 BITS = (2, 4, 8)
 

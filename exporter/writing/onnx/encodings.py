@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
-from compressors.model.files.integer_blocks import BlockType
+from compressors.model.files.integer_blocks import BlockType, ProductInputs
 from compressors.model.sources.onnx_weights import row_lengths, written_shape
 
 __all__ = ["ENCODINGS", "FLOAT32", "PRESETS", "Encoding", "Preset", "Unit", "check_row_length", "encoding_named"]
 __all__ += ["onnx_units", "preset_named", "unit_encodings"]
 
 _BYTE_BITS, _FLOAT_BYTES, _SCALE_BYTES = 8, 4, 2
-_FLOAT32_PRODUCT_BITS = 4
+_FLOAT32_PRODUCT_BITS = 4  # the only width with a product of float32 inputs that does not widen whole matrices
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Encoding:
     name: str
     blocks: BlockType | None = None  # None: float32
     ggml_type: GGMLQuantizationType | None = None  # the type whose kernel makes the codes; None: our own search
+    inputs: ProductInputs = "int8"  # wanted for products; only those of 4 bits have a choice
 
     @property
     def bits(self) -> int:
@@ -46,8 +47,10 @@ class Encoding:
 
     @property
     def has_int8_inputs(self) -> bool:
-        """True if products quantize their inputs to int8, in the weights' blocks; at 4 bits inputs stay float32."""
-        return self.blocks is not None and self.blocks.bits != _FLOAT32_PRODUCT_BITS
+        """True if products quantize their inputs to int8, in the weights' blocks."""
+        if self.blocks is None:
+            return False
+        return self.inputs == "int8" or self.blocks.bits != _FLOAT32_PRODUCT_BITS
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of the codes and scales of a weight of this shape, without padding in the file."""
@@ -189,7 +192,7 @@ def encoding_named(name: str) -> Encoding:
 
 
 def unit_encodings(
-    spec: ModelSpec, preset: Preset, encodings: Mapping[str, str]
+    spec: ModelSpec, preset: Preset, encodings: Mapping[str, str], inputs: ProductInputs = "int8"
 ) -> dict[tuple[Role, int | None], Encoding]:
     """The encoding of every weight of a unit, by role and layer.
 
@@ -197,6 +200,7 @@ def unit_encodings(
         spec: the model.
         preset: gives the encoding of units that ``encodings`` does not name.
         encodings: names of encodings by names of units.
+        inputs: those of the products of 4 bits.
 
     Raises:
         InputError: there is no such unit or encoding.
@@ -215,7 +219,7 @@ def unit_encodings(
             encoding = preset.encoding(role) if named is None else encoding_named(named)
             for length in lengths:
                 check_row_length(f"{unit.name} ({role})", encoding, length)
-            chosen[role, unit.layer] = encoding
+            chosen[role, unit.layer] = replace(encoding, inputs=inputs)
     return chosen
 
 

@@ -12,7 +12,7 @@ __all__ = ["predict_size"]
 
 
 def predict_size(spec: ModelSpec, preset: str, encodings: Mapping[str, str] | None = None) -> int:
-    """Returns the exact bytes of ``model.onnx`` and ``model.onnx.data`` together; reads no weight.
+    """Returns the exact bytes of ``model.onnx`` and ``model.onnx.data`` together, for any inputs; reads no weight.
 
     Args:
         spec: the model.

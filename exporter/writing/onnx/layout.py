@@ -13,6 +13,7 @@ import onnx
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope
 from compressors.model.description.spec import ModelSpec
+from compressors.model.files.integer_blocks import ProductInputs
 from compressors.model.files.onnx_names import (
     CODES,
     DATA_FILE,
@@ -123,7 +124,9 @@ class TensorLayout:
             yield from tables
 
 
-def plan_tensors(spec: ModelSpec, preset: str, encodings: Mapping[str, str] | None = None) -> TensorLayout:
+def plan_tensors(
+    spec: ModelSpec, preset: str, encodings: Mapping[str, str] | None = None, inputs: ProductInputs = "int8"
+) -> TensorLayout:
     """Gives every tensor its name, shape, type and offset; reads no weight.
 
     Args:
@@ -131,13 +134,14 @@ def plan_tensors(spec: ModelSpec, preset: str, encodings: Mapping[str, str] | No
         preset: a name from :data:`~exporter.writing.onnx.encodings.PRESETS`.
         encodings: names from :data:`~exporter.writing.onnx.encodings.ENCODINGS` for units that differ from the preset,
             by the unit's name (:func:`~exporter.writing.onnx.encodings.onnx_units`).
+        inputs: those of the products of 4 bits; no tensor depends on them.
 
     Raises:
         InputError: there is no such preset, unit or encoding.
         UnsupportedError: ONNX cannot hold the model, or an encoding's blocks do not divide the rows.
     """
     refuse_unless_held(spec, Container.ONNX)
-    return _Planner(spec, unit_encodings(spec, preset_named(preset), encodings or {})).plan()
+    return _Planner(spec, unit_encodings(spec, preset_named(preset), encodings or {}, inputs)).plan()
 
 
 class _Planner:

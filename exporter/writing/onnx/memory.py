@@ -14,6 +14,7 @@ from compressors.model.description.mixers import GatedDelta, GroupedQuery, Laten
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
+from compressors.model.files.integer_blocks import ProductInputs
 from compressors.model.sources.onnx_weights import written_shape
 from exporter.capabilities.onnx import needs_nodes
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors
@@ -38,7 +39,13 @@ _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rot
 
 
 def predict_runtime_bytes(
-    spec: ModelSpec, preset: str, context: int, *, threads: int, encodings: Mapping[str, str] | None = None
+    spec: ModelSpec,
+    preset: str,
+    context: int,
+    *,
+    threads: int,
+    encodings: Mapping[str, str] | None = None,
+    inputs: ProductInputs = "int8",
 ) -> dict[str, int]:
     """Predicts bytes of ``weights``, ``kv_cache`` and ``compute`` with a full cache of ``context`` tokens.
 
@@ -53,6 +60,7 @@ def predict_runtime_bytes(
         threads: threads inside an operator; each holds one widened expert.
         encodings: encodings of units that differ from the preset, as in
             :func:`~exporter.writing.onnx.layout.plan_tensors`.
+        inputs: those of the products of 4 bits.
 
     Raises:
         InputError: there is no such preset, unit or encoding, or the model's context is shorter.
@@ -60,7 +68,7 @@ def predict_runtime_bytes(
     """
     if not 0 < context <= spec.context_length:
         raise InputError(f"a context of {context} tokens is asked for; the model has 1 to {spec.context_length}")
-    layout = plan_tensors(spec, preset, encodings)
+    layout = plan_tensors(spec, preset, encodings, inputs)
     mixers = [layer.mixer for layer in spec.layers]
     cache = sum(mixer.cached_values * context + mixer.state_values for mixer in mixers) * _FLOAT_BYTES
     return {"weights": _weight_bytes(layout), "kv_cache": cache, "compute": _compute_bytes(layout, context, threads)}

@@ -16,14 +16,9 @@ from compressors.model.files.onnx_names import IN_FLOAT32, MATRIX, NORM_SCALES, 
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.layout import TensorLayout, TensorPlan, WeightPlan
 
-__all__ = ["LayerNodes", "WeightNodes"]
+__all__ = ["LayerNodes", "WeightNodes", "accuracy_level"]
 
-# MatMulNBits' accuracy levels. At level 1 activations stay float32. At level 4 they are quantized to int8 in the
-# weights' blocks, as llama.cpp does for every quantized product. Products of 2 and 8 bits need it: their float32 form
-# widens the whole matrix at every call (measured 50 times slower at one token). QMoE decides by itself in the same way:
-# float32 at 4 bits, int8 at 2 and 8 bits in blocks.
-_FLOAT32_ACTIVATIONS = 1
-_INT8_ACTIVATIONS = 4
+_FLOAT32_INPUTS, _INT8_INPUTS = 1, 4
 
 
 class WeightNodes:
@@ -166,7 +161,7 @@ class WeightNodes:
             block_size=blocks.block_size,
             N=rows,
             K=columns,
-            accuracy_level=_INT8_ACTIVATIONS if weight.encoding.has_int8_inputs else _FLOAT32_ACTIVATIONS,
+            accuracy_level=accuracy_level(weight),
         )
 
     def scales(self, weight: WeightPlan) -> str:
@@ -177,6 +172,16 @@ class WeightNodes:
             cast = self._graph.node("Cast", [stored], stored + IN_FLOAT32, to=onnx.TensorProto.FLOAT)
             self._float32_scales[stored] = cast
         return self._float32_scales[stored]
+
+
+def accuracy_level(weight: WeightPlan) -> int:
+    """The attribute of that name, of MatMulNBits and QMoE: level 1 keeps inputs in float32, level 4 makes them int8.
+
+    llama.cpp makes the inputs of every quantized product int8 too. Products of 2 and 8 bits need it: MatMulNBits'
+    float32 form of them widens the whole matrix at every call (measured 50 times slower at one token), and QMoE has
+    none (``moe_quantization_cpu.cc``).
+    """
+    return _INT8_INPUTS if weight.encoding.has_int8_inputs else _FLOAT32_INPUTS
 
 
 def _of_expert(weight: WeightPlan, expert: int) -> WeightPlan:

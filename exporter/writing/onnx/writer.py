@@ -11,6 +11,7 @@ import torch
 from compressors.calibration.statistics import Importance
 from compressors.model.description.rope import Rope
 from compressors.model.description.spec import ModelSpec
+from compressors.model.files.integer_blocks import ProductInputs
 from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
 from exporter.writing.files import replacing
@@ -30,6 +31,7 @@ def write_onnx(
     folder: Path,
     *,
     encodings: Mapping[str, str] | None = None,
+    inputs: ProductInputs = "int8",
     importance: Importance | None = None,
     feedback: StudentFeedback | None = None,
     threads: int,
@@ -49,6 +51,7 @@ def write_onnx(
         folder: the folder of the two files.
         encodings: encodings of units that differ from the preset, as in
             :func:`~exporter.writing.onnx.layout.plan_tensors`.
+        inputs: those of the products of 4 bits.
         importance: weighs quantization errors; None weighs all input features alike.
         feedback: chooses the codes so that they compensate each other's errors; None leaves them as kernels and search
             choose them.
@@ -62,7 +65,7 @@ def write_onnx(
             full.
         UnsupportedError: the operators cannot hold the model.
     """
-    layout = plan_tensors(student.spec, preset, encodings)
+    layout = plan_tensors(student.spec, preset, encodings, inputs)
     model = build_model(layout)
     graph = model.SerializeToString(deterministic=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -71,6 +71,7 @@ _DATA: dict[str, Any] = {
         "mix": "Q4_0",
         "tensors": {"blk.0.attn_q.weight": "Q8_0"},
         "quantizer": "kernel",
+        "inputs": "int8",
         "imatrix": None,
         "why": None,
     },
@@ -191,6 +192,8 @@ def test_which_artifacts_are_written() -> None:
         (None, {"gguf": 4}, "gguf"),
         (None, {"version": 1}, "version"),
         (None, {"gguf": None, "onnx": None}, "gguf"),
+        ("gguf", {"inputs": "float32"}, "inputs of gguf must be int8"),
+        ("gguf", {"inputs": "int4"}, r"gguf\.inputs"),
     ],
 )
 def test_a_wrong_choice_is_named(tmp_path: Path, part: str | None, values: dict[str, object], said: str) -> None:

@@ -16,7 +16,7 @@ from exporter.writing.onnx.builder import MICROSOFT
 from exporter.writing.onnx.glu import operator_attributes
 from exporter.writing.onnx.layout import WeightPlan
 from exporter.writing.onnx.routing import OperatorRouting, add_routing
-from exporter.writing.onnx.weights import LayerNodes
+from exporter.writing.onnx.weights import LayerNodes, accuracy_level
 
 __all__ = ["add_routed"]
 
@@ -113,6 +113,7 @@ def _add_quantized(
         domain=MICROSOFT,
         expert_weight_bits=blocks.bits,
         block_size=blocks.block_size,
+        accuracy_level=accuracy_level(gate_up),
         weights_prepacked=0,  # the codes are plain, not in the order of one GPU's kernels
         **attributes,
     )

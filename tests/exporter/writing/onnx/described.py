@@ -151,9 +151,12 @@ def _shared_tensors(shared: Shared | None) -> list[TensorSpec]:
 
 
 def random_folder(spec: ModelSpec, folder: Path, preset: str, encodings: Mapping[str, str] | None = None) -> Path:
-    """Writes graph and random weights; those of the embedding are large enough for layers to matter."""
+    """Writes graph and random weights; those of the embedding are large enough for layers to matter.
+
+    Products of 4 bits have float32 inputs, so that they are exact.
+    """
     generator = np.random.default_rng(0)
-    layout = plan_tensors(spec, preset, encodings)
+    layout = plan_tensors(spec, preset, encodings, inputs="float32")
     (folder / MODEL_FILE).write_bytes(build_model(layout).SerializeToString())
     data = np.zeros(layout.data_bytes, dtype=np.uint8)
     for weight in layout.weights:

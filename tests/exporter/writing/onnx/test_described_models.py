@@ -314,7 +314,7 @@ def _changeable(model: onnx.ModelProto) -> list[_Number]:
         for node in _nodes(model.graph)
         if node.op_type in operators
         for attribute in node.attribute
-        if attribute.type in fields
+        if attribute.type in fields and attribute.name != "accuracy_level"  # it changes the precision alone
     ]
 
 

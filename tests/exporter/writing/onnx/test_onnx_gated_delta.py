@@ -64,7 +64,7 @@ def test_the_runtime_computes_with_the_numbers_of_the_file(student: Student, tmp
     """Of all matrices in 4 bits but embedding and head."""
     tokens_BT = torch.randint(1, 4096, (1, 48), generator=torch.Generator().manual_seed(5))
     encodings = {unit.name: encoding for unit in onnx_units(student.spec) if unit.layer is not None}
-    write_onnx(student, "F32", tmp_path, encodings=encodings, threads=1)
+    write_onnx(student, "F32", tmp_path, encodings=encodings, inputs="float32", threads=1)
     written = student.as_written(OnnxWeights(tmp_path, student.spec))
     expected_TV = logits_of(StreamedModel(written), tokens_BT)
     (output,) = OnnxRuntimeBackend(tmp_path, threads=1).run(tokens_BT.numpy())

@@ -82,7 +82,7 @@ def test_the_numbers_are_those_of_gguf(student: Student, tmp_path: Path) -> None
 @pytest.mark.parametrize("encoding", ["Q4_0", "4@16"])
 def test_the_runtime_computes_with_the_numbers_of_the_file(student: Student, tmp_path: Path, encoding: str) -> None:
     tokens_BT = torch.randint(1, 4096, (1, 48), generator=torch.Generator().manual_seed(5))
-    write_onnx(student, "F32", tmp_path, encodings={_UNIT: encoding}, threads=1)
+    write_onnx(student, "F32", tmp_path, encodings={_UNIT: encoding}, inputs="float32", threads=1)
     written = student.as_written(OnnxWeights(tmp_path, student.spec))
     expected_TV = logits_of(StreamedModel(written), tokens_BT)
     (output,) = OnnxRuntimeBackend(tmp_path, threads=1).run(tokens_BT.numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from compressors.model.description.feed_forward import Routed
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing
 from compressors.model.errors import InputError
+from compressors.model.files.integer_blocks import ProductInputs
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.onnx.encodings import PRESETS, onnx_units
@@ -20,6 +22,9 @@ from exporter.writing.onnx.memory import predict_runtime_bytes
 from exporter.writing.onnx.writer import write_onnx
 from tests.exporter.writing.onnx.described import attention, described_layer, random_folder, with_layers
 from validate.runtimes.measure import measure_artifact
+
+_BITS_WITH_SCALES: Mapping[ProductInputs, int] = {"float32": 5, "int8": 7}
+"""Bits of a weight of 4 bits: its block's scale in float32 and, for int8 inputs, the packed scale and the sum."""
 
 
 @pytest.mark.parametrize("encoding", [*PRESETS, "2@32", "8@32"])
@@ -57,9 +62,13 @@ def test_cache_grows_with_the_context_and_weights_with_the_experts(fine_folder: 
     spec = Checkpoint(fine_folder).spec
     short, long = (predict_runtime_bytes(spec, "Q4_0", context, threads=2) for context in (512, 1024))
     assert long["kv_cache"] - short["kv_cache"] == 2 * 6 * 4 * 32 * 4 * 512  # K and V, layers, heads, width, float32
-    fewer = predict_runtime_bytes(spec.with_experts(16), "Q4_0", 512, threads=2)
     dropped = 6 * 16 * spec.layers[0].expert_parameters
-    assert short["weights"] - fewer["weights"] == pytest.approx(dropped * 5 / 8, rel=0.05)  # 5 bits: float32 scales
+    for inputs, bits in _BITS_WITH_SCALES.items():
+        more, fewer = (
+            predict_runtime_bytes(experts, "Q4_0", 512, threads=2, inputs=inputs)
+            for experts in (spec, spec.with_experts(16))
+        )
+        assert more["weights"] - fewer["weights"] == pytest.approx(dropped * bits / 8, rel=0.05)
 
 
 def test_context_beyond_the_model_is_refused(fine_folder: Path) -> None:
