@@ -51,6 +51,8 @@ __all__ = [
     "CALIBRATE",
     "COMPRESS",
     "GGUF",
+    "OF_ALL_BUDGETS",
+    "OF_ALL_FILES",
     "OF_THE_REPORT",
     "OF_THE_RUN",
     "ONNX",
@@ -167,6 +169,12 @@ RETUNE = Stage(
     resumes=True,
     shared=True,
 )
+
+OF_ALL_BUDGETS = frozenset({"calibrate", "sensitivity", "teacher_texts"})
+"""The stages that the runs of several budgets share."""
+
+OF_ALL_FILES = OF_ALL_BUDGETS | {"search"}
+"""The stages that the runs of a search's results share too, where its files have students of their own."""
 
 OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
 """The stages whose files are shared by the stages that a search runs within itself for every structure."""
