@@ -225,9 +225,9 @@ TEACHER_TEXTS = Stage(
 VALIDATE_TORCH = Stage(
     "validate_torch",
     "judge.reference",
-    version=4,
+    version=5,
     what="measure the student in torch",
-    reads=_STUDENT | _HELDOUT,
+    reads=_STUDENT | _HELDOUT | files_of("calibrate", ROUTING),
     writes=(EVALUATION,),
 )
 VALIDATE_WRITTEN = Stage(
