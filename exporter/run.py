@@ -18,7 +18,7 @@ from exporter.estimating.machine import measure_speeds
 from exporter.estimating.needs import memory_lines
 from exporter.file_names import MODEL_CARD, RECIPE, REPORT, REPORT_PAGE
 from exporter.pipeline.order import search_stages, stages_of
-from exporter.pipeline.parts import OF_ALL_FILES, Part, budget_parts, found_parts, result_folder, save_plans
+from exporter.pipeline.parts import Part, budget_parts, found_parts, result_folder, save_plans
 from exporter.pipeline.running import run_stages, source_of_run, unfinished
 from exporter.planning.job import Job
 from exporter.planning.plan import Plan
@@ -35,7 +35,7 @@ from exporter.publishing.json_text import json_text
 from exporter.publishing.model_name import local_path
 from exporter.publishing.outputs import Outputs, publish_folder, reserved
 from exporter.publishing.result import build_report, final_recipe
-from exporter.stages.table import OF_THE_REPORT
+from exporter.stages.table import OF_ALL_FILES, OF_THE_REPORT
 from exporter.work.directory import WorkDirectory
 from exporter.work.input_state import refuse_changed_texts
 from exporter.writing.files import sha256_of

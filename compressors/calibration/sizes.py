@@ -14,6 +14,7 @@ __all__ = [
     "TARGET_BYTES",
     "TOKENS_AT_ONCE",
     "TOP_TOKENS",
+    "head_input_bytes",
     "input_sizes",
     "layer_input_bytes",
     "log_prob_bytes",
@@ -46,6 +47,11 @@ def n_kept_blocks(n_blocks: int, block_length: int) -> int:
 def layer_input_bytes(spec: ModelSpec, n_tokens: int) -> int:
     """The most bytes on disk that the layer inputs of a text of ``n_tokens`` tokens take."""
     return (spec.n_layers + 1) * min(n_tokens, KEPT_TOKENS) * spec.hidden_size * 2
+
+
+def head_input_bytes(n_positions: int, hidden_size: int) -> int:
+    """Bytes on disk of inputs of the head in float32 (:mod:`compressors.model.predictions.head_inputs`)."""
+    return 4 * n_positions * hidden_size
 
 
 def log_prob_bytes(n_positions: int, vocab_size: int) -> int:

@@ -87,7 +87,8 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
         "compress": _compression(plan, passes),
         **_recovery(plan, passes),
         "teacher_texts": passes.writing(teacher, 2 * min(PROMPTS, n_heldout)),
-        "validate_torch": passes.forward(student, n_reference=n_heldout),
+        # of the original, calibration knows what it says
+        "validate_torch": passes.forward(student, n_reference=n_heldout) if student_differs(plan) else 0.0,
     }
     for artifact in plan.predictions:
         seconds[artifact] = _file_seconds(plan, passes, artifact)

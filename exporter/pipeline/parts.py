@@ -20,13 +20,10 @@ from exporter.planning.plan_making import make_plan
 from exporter.planning.planner import predict_recipe
 from exporter.planning.recipe import Recipe
 from exporter.planning.recovery import RefusedRung
+from exporter.stages.table import OF_ALL_BUDGETS, OF_ALL_FILES
 from exporter.work.directory import WorkDirectory, make_folder
 
-__all__ = ["OF_ALL_FILES", "Part", "budget_parts", "found_parts", "result_folder", "save_plans"]
-
-_OF_ALL_BUDGETS = frozenset({"calibrate", "sensitivity", "teacher_texts"})
-OF_ALL_FILES = _OF_ALL_BUDGETS | {"search"}
-"""The stages that a part may share with others."""
+__all__ = ["Part", "budget_parts", "found_parts", "result_folder", "save_plans"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def budget_parts(job: Job, command: str, work: WorkDirectory) -> list[Part]:
     parts = []
     for budget in job.budgets:
         name = size_label(budget)
-        of_budget = work.part(name, _OF_ALL_BUDGETS)
+        of_budget = work.part(name, OF_ALL_BUDGETS)
         plan = _kept_plan(of_budget, job) or make_plan(job.for_budget(budget), command)
         parts.append(Part(name, replace(plan, out=result_folder(work, name)), of_budget))
     return parts

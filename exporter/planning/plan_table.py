@@ -8,9 +8,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from compressors.calibration.splits import BLOCK_LENGTH
+from exporter.estimating.disk import disk_lines
 from exporter.estimating.durations import format_duration
 from exporter.estimating.estimate import Speeds, describe_time, seconds_by_stage
-from exporter.estimating.needs import disk_lines, memory_lines
+from exporter.estimating.needs import memory_lines
 from exporter.estimating.sizes import format_size
 from exporter.inspection import parts_read_past
 from exporter.planning.compression import described_compression

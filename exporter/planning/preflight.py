@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.recover.training_memory import refuse_too_large
-from exporter.estimating.needs import disk_lines, disk_lines_of_all
+from exporter.estimating.disk import disk_lines, disk_lines_of_all, output_lines
 from exporter.estimating.planned_types import planned_block_length
 from exporter.estimating.sizes import format_size
+from exporter.file_names import STAGE_RECORD
 from exporter.planning.job import Job
 from exporter.planning.plan import Plan
 from exporter.planning.recovery import WRITTEN_ITEMSIZE, scope_of
+from exporter.stages.table import ALL_STAGES
 from validate.metrics.generation import NEW_TOKENS, PROMPT_TOKENS
 from validate.runtimes.cost import LEAST_CONTEXT
 
@@ -57,12 +60,12 @@ def refuse_too_little_disk(plans: Sequence[Plan], work_folder: Path, out: Path) 
     Raises:
         InputError: the disk is too small.
     """
-    lines = disk_lines_of_all(plans)
+    lines = disk_lines(plans[0], _not_finished(work_folder)) if len(plans) == 1 else disk_lines_of_all(plans)
     needed = sum(lines.values()) - _bytes_below(work_folder)
     work_place, out_place = _nearest_folder(work_folder), _nearest_folder(out)
     _refuse_too_little(work_place, needed, lines, "choose another --work-dir and --out")
     if work_place.stat().st_dev != out_place.stat().st_dev:  # the output is copied there
-        copied = {what: lines[what] for what in lines if what.endswith((" files", " checkpoint"))}
+        copied = dict(sum((Counter(output_lines(plan)) for plan in plans), Counter[str]()))
         _refuse_too_little(out_place, sum(copied.values()), copied, "choose another --out")
 
 
@@ -136,6 +139,12 @@ def _refuse_too_little(place: Path, needed: int, lines: Mapping[str, int], inste
 
 def _listed(lines: Mapping[str, int]) -> str:
     return ", ".join(f"{what} {format_size(n_bytes)}" for what, n_bytes in lines.items())
+
+
+def _not_finished(folder: Path) -> list[str]:
+    """The names of the stages that an unfinished run has not finished: those before them need no disk any more."""
+    finished = {path.parent.name for path in folder.rglob(STAGE_RECORD)}
+    return [stage.name for stage in ALL_STAGES if stage.name not in finished]
 
 
 def _bytes_below(folder: Path) -> int:

@@ -51,6 +51,8 @@ __all__ = [
     "CALIBRATE",
     "COMPRESS",
     "GGUF",
+    "OF_ALL_BUDGETS",
+    "OF_ALL_FILES",
     "OF_THE_REPORT",
     "OF_THE_RUN",
     "ONNX",
@@ -168,6 +170,12 @@ RETUNE = Stage(
     shared=True,
 )
 
+OF_ALL_BUDGETS = frozenset({"calibrate", "sensitivity", "teacher_texts"})
+"""The stages that the runs of several budgets share."""
+
+OF_ALL_FILES = OF_ALL_BUDGETS | {"search"}
+"""The stages that the runs of a search's results share too, where its files have students of their own."""
+
 OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
 """The stages whose files are shared by the stages that a search runs within itself for every structure."""
 
@@ -217,9 +225,9 @@ TEACHER_TEXTS = Stage(
 VALIDATE_TORCH = Stage(
     "validate_torch",
     "judge.reference",
-    version=4,
+    version=5,
     what="measure the student in torch",
-    reads=_STUDENT | _HELDOUT,
+    reads=_STUDENT | _HELDOUT | files_of("calibrate", ROUTING),
     writes=(EVALUATION,),
 )
 VALIDATE_WRITTEN = Stage(

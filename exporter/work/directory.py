@@ -39,6 +39,9 @@ __all__ = ["Reads", "StageRecord", "UndeclaredFileError", "WorkDirectory", "excl
 Reads = frozenset[tuple[str, StageFile]]
 """Files that a stage reads, each with the name of the stage that writes it."""
 
+_NOT_OF_THE_STAGE = (STAGE_RECORD, f"{STAGE_RECORD}{PARTIAL_SUFFIX}", STAGE_FINGERPRINT)
+"""Files in a stage's folder that are not its own; a kill may leave the second, of a record that was written anew."""
+
 _STAGE_ENDS_WITHIN = 20  # seconds; a stage checks for its parent far more often, unless the system is thrashing
 
 
@@ -365,7 +368,7 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (STAGE_RECORD, STAGE_FINGERPRINT)
+        if path.is_file() and path.name not in _NOT_OF_THE_STAGE
     }
 
 

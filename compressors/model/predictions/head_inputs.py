@@ -22,15 +22,10 @@ from compressors.model.files.array_file import ArrayFile
 from compressors.model.predictions.log_probs import decode_log_probs, encode_log_probs, without_impossible
 from compressors.model.sources.student import Student
 
-__all__ = ["HeadInputs", "RemadeLogProbs", "finished_logits", "head_input_bytes", "head_parts"]
+__all__ = ["HeadInputs", "RemadeLogProbs", "finished_logits", "head_parts"]
 
 _VALUES_AT_ONCE = 1 << 23  # log-probabilities that are made together: 32 MB in float32, a few times over
 _HEAD_ROWS_AT_ONCE = 8192
-
-
-def head_input_bytes(n_positions: int, hidden_size: int) -> int:
-    """Bytes on disk of the inputs, without the few bytes of the array's header."""
-    return 4 * n_positions * hidden_size
 
 
 def finished_logits(products_NV: torch.Tensor, spec: ModelSpec) -> torch.Tensor:

@@ -16,7 +16,7 @@ from compressors.model.files.storage_type import StorageType
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Arithmetic", "dtype_of", "fastest_arithmetic"]
+__all__ = ["Arithmetic", "dtype_of", "fastest_arithmetic", "value_bytes"]
 
 Arithmetic = Literal["float32", "bfloat16"]
 
@@ -28,6 +28,11 @@ def fastest_arithmetic(spec: ModelSpec, stored: StorageType, device: str) -> Ari
     """Returns the arithmetic of calibration and recovery on this machine's ``device``, for weights of this type."""
     worthwhile = stored is StorageType.BF16 and spec.hidden_size >= _WORTHWHILE_HIDDEN_SIZE
     return "bfloat16" if worthwhile and (device == "cuda" or _has_matrix_units()) else "float32"
+
+
+def value_bytes(arithmetic: Arithmetic) -> int:
+    """Returns the bytes of a value in it."""
+    return {"float32": 4, "bfloat16": 2}[arithmetic]
 
 
 def dtype_of(arithmetic: Arithmetic) -> torch.dtype:

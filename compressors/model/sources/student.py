@@ -195,6 +195,12 @@ class Student:
         return cls(source, experts, tensors)
 
     @property
+    def is_original(self) -> bool:
+        """True if it keeps everything and changes nothing."""
+        of_source = isinstance(self._weights, _KeptWeights)
+        return of_source and self.experts == ExpertMap.identity(self.source.spec) and not self.overlay
+
+    @property
     def family(self) -> Family:
         """The architecture."""
         return self.source.family

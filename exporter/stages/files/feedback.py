@@ -16,7 +16,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.running.arithmetic import dtype_of
 from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.running.streaming import StreamedModel
-from compressors.model.sources.student import ExpertMap, Student
+from compressors.model.sources.student import Student
 from compressors.sensitivity.matrices import Sensitivities
 from exporter.file_names import LAYER_INPUTS, SENSITIVITIES
 from exporter.planning.plan import Plan
@@ -45,7 +45,7 @@ def feedback_for(
         return
     own = LAYER_INPUTS.within(folder)
     dtype = dtype_of(context.plan.recipe.arithmetic)
-    if _is_original(student):
+    if student.is_original:
         inputs = LayerInputs(context.work.path("calibrate", LAYER_INPUTS))
     else:
         inputs = _own_inputs(context, student, own, dtype)
@@ -63,10 +63,6 @@ def writer_threads(plan: Plan, spec: ModelSpec, quantizer: Quantizer) -> int:
     if quantizer == "kernel":
         return plan.recipe.threads
     return threads_within(plan.memory_bytes - PROCESS_BYTES, spec, plan.recipe.threads)
-
-
-def _is_original(student: Student) -> bool:
-    return student.experts == ExpertMap.identity(student.source.spec) and not student.overlay
 
 
 def _own_inputs(context: StageContext, student: Student, folder: Path, dtype: torch.dtype) -> LayerInputs:

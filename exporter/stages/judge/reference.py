@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.head_inputs import HeadInputs, RemadeLogProbs
+from compressors.model.predictions.routing_record import RoutingRecord
 from exporter.file_names import (
     EVALUATION,
     HELDOUT_PREDICTIONS,
     ROUTER_INPUTS,
+    ROUTING,
     WRITTEN_EVALUATION,
     WRITTEN_PREDICTIONS,
 )
@@ -30,7 +34,7 @@ from exporter.work.stage import StageContext
 from validate.metrics.evaluation import evaluate
 from validate.routing.router_alone import RouterInputRecorder
 from validate.routing.router_inputs import RouterInputs, spread_chunks
-from validate.runtimes.backend import scored_positions
+from validate.runtimes.backend import Backend, ChunkOutput, scored_positions
 from validate.runtimes.torch import TorchBackend
 
 __all__ = [
@@ -42,15 +46,46 @@ __all__ = [
 
 
 def validate_torch(context: StageContext) -> None:
-    """Writes the student's predictions on held-out text: the reference for both artifacts."""
+    """Writes the student's predictions on held-out text: the reference for both artifacts.
+
+    A student that is the original is not run: calibration knows what it says.
+    """
     use_threads(context.plan)
     student = open_student(context.plan, context.work)
     heldout_BT = token_blocks(context.work).heldout.numpy()
     teacher = teacher_predictions(context.plan, context.work, HELDOUT_PREDICTIONS)
     with context.progress.bar("layers", student.spec.n_layers) as advance:
-        backend = TorchBackend(student, advance, memory_limit(context))
+        backend: Backend = TorchBackend(student, advance, memory_limit(context))
+        if student.is_original:  # calibration has run it over this text
+            backend = _AsCalibrated(teacher, RoutingRecord.load(context.work.path("calibrate", ROUTING)))
         evaluation = evaluate(backend, heldout_BT, {"teacher": teacher})
     evaluation.save(context.file(EVALUATION))
+
+
+class _AsCalibrated:
+    """The original as calibration found it; implements :class:`validate.runtimes.backend.Backend`."""
+
+    runtime = TorchBackend.runtime
+
+    def __init__(self, predictions: RemadeLogProbs, routing: RoutingRecord) -> None:
+        self._predictions = predictions
+        self._routing = routing
+
+    @property
+    def version(self) -> str:
+        """torch's version."""
+        return torch.__version__
+
+    def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
+        """Yields what is known of each chunk, which must be calibration's held-out ones."""
+        n_chunks, n_tokens = tokens_BT.shape
+        scored = scored_positions(n_tokens)
+        n_scored = scored.stop - scored.start
+        for chunk in range(n_chunks):
+            yield ChunkOutput(
+                logits_SV=self._predictions.logits(chunk * n_scored, (chunk + 1) * n_scored).numpy(),
+                routing=self._routing.tokens(slice(chunk * n_tokens, (chunk + 1) * n_tokens)),
+            )
 
 
 def validate_written(context: StageContext) -> None:

@@ -194,12 +194,14 @@ class _RoutingFiles:
     def __init__(self, folder: Path, tokens_BT: torch.Tensor, spec: ModelSpec, *, resumed: bool) -> None:
         self._n_blocks, self._n_tokens = tokens_BT.shape
         self._n_layers = spec.n_layers
-        self._paths = folder / "routing_experts.npy", folder / "routing_weights.npy"
+        self._paths = [folder / f"routing_{what}.npy" for what in ("experts", "weights", "margins")]
         if is_first() and not resumed:
-            for path, dtype in zip(self._paths, (np.int32, np.float32), strict=True):
-                ArrayFile.create(path, (self._n_layers * self._n_blocks, self._n_tokens, spec.top_k), dtype)
+            rows = self._n_layers * self._n_blocks, self._n_tokens
+            kinds = (((*rows, spec.top_k), np.int32), ((*rows, spec.top_k), np.float32), (rows, np.float32))
+            for path, (shape, dtype) in zip(self._paths, kinds, strict=True):
+                ArrayFile.create(path, shape, dtype)
         wait_for_all()
-        self._experts, self._weights = (ArrayFile.open(path, writable=True) for path in self._paths)
+        self._experts, self._weights, self._margins = (ArrayFile.open(path, writable=True) for path in self._paths)
 
     def write(self, layer: int, blocks: Sequence[int], routing: RoutingRecord) -> None:
         """Writes one layer's routing of these blocks."""
@@ -207,14 +209,17 @@ class _RoutingFiles:
             of_block = routing.tokens(slice(position * self._n_tokens, (position + 1) * self._n_tokens))
             self._experts.write(layer * self._n_blocks + block, of_block.experts_LTK)
             self._weights.write(layer * self._n_blocks + block, of_block.weights_LTK)
+            assert of_block.margins_LT is not None, "the recorder has them"
+            self._margins.write(layer * self._n_blocks + block, of_block.margins_LT)
 
     def collected(self) -> RoutingRecord:
         """The routing of all layers and blocks."""
-        experts, weights = (
+        experts, weights, margins = (
             file.read(0, len(file)).reshape(self._n_layers, self._n_blocks * self._n_tokens, -1)
-            for file in (self._experts, self._weights)
+            for file in (self._experts, self._weights, self._margins)
         )
-        return RoutingRecord(experts.astype(np.int32, copy=False), weights.astype(np.float32, copy=False))
+        floats = (values.astype(np.float32, copy=False) for values in (weights, margins[..., 0]))
+        return RoutingRecord(experts.astype(np.int32, copy=False), *floats)
 
     def remove(self) -> None:
         for path in self._paths:

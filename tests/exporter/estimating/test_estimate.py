@@ -14,9 +14,10 @@ import pytest
 
 from compressors.model.errors import InputError
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
+from exporter.estimating.disk import disk_by_stage, disk_lines, disk_lines_of_all
 from exporter.estimating.estimate import Speeds, describe_time, seconds_by_stage
 from exporter.estimating.machine import measure_speeds
-from exporter.estimating.needs import disk_lines, disk_lines_of_all, memory_lines
+from exporter.estimating.needs import memory_lines
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan, Search
 from exporter.planning.plan_making import make_plan
@@ -134,8 +135,11 @@ def test_methods_that_look_at_text_take_a_pass_or_two(plan: Plan) -> None:
         seconds = seconds_by_stage(edited, _FAST, _PLENTY)["compress"] - _START
         assert seconds == pytest.approx(passes, rel=0.001), method
     experts = 2 * 12 * 3 * 128 * 256 * 2
-    assert disk_lines(_edited(plan, compress={"method": "m-smoe"}))["changed experts"] == experts
-    assert "changed experts" not in disk_lines(plan)
+    changing = disk_by_stage(_edited(plan, compress={"method": "m-smoe"}))
+    with_experts = {stage for stage, lines in changing.items() if lines.get("changed experts") == experts}
+    until_torch = {*("compress", "schedule", "recover", "gguf", "onnx", "student", "teacher_texts", "validate_torch")}
+    assert with_experts == until_torch, "the files have their own"
+    assert not any("changed experts" in lines for lines in disk_by_stage(plan).values())
 
 
 def test_what_is_reported_is_computed_in_float32(plan: Plan) -> None:
@@ -242,33 +246,53 @@ def test_the_machine_is_measured(plan: Plan) -> None:
 
 
 def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
-    spec = plan.teacher_spec
-    lines = disk_lines(plan)
-    n_blocks = 40 + 4 + 6
-    assert lines["hidden states"] == 3 * n_blocks * 512 * spec.hidden_size * 4
-    assert lines["training targets"] == 40 * 512 * 64 * 8
-    # two layers and the head: the original's, and the student's while its codes are chosen by them
-    inputs = 3 * 40 * 512 * spec.hidden_size * 2
-    assert lines["layer inputs"] == inputs
-    of_the_student = "layer inputs of the student, while codes are chosen"
-    assert of_the_student not in lines
-    assert disk_lines(_edited(plan, gguf={"quantizer": "feedback"}))[of_the_student] == inputs
+    spec, by_stage = plan.teacher_spec, disk_by_stage(plan)
+    of_all = 512 * spec.hidden_size
+    calibrate = by_stage["calibrate"]
+    assert plan.recipe.arithmetic == "float32"
+    assert calibrate["hidden states"] == 2 * (40 + 4 + 6) * of_all * 4, "those in use, and a snapshot"
+    assert calibrate["training targets"] == 40 * 512 * 64 * 8
+    assert calibrate["token blocks"] == (40 + 4 + 6) * 512 * 8
+    assert "layer inputs" not in calibrate, "the kernels choose the codes"
     # 255 of 512 positions are scored, by the teacher, and by torch with the files' numbers, which are the same
-    assert lines["predictions"] == (4 + 2 * 6) * 255 * spec.hidden_size * 4
+    assert calibrate["predictions"] == (4 + 6) * 255 * spec.hidden_size * 4
+    assert by_stage["validate_written"]["predictions"] == 2 * 6 * 255 * spec.hidden_size * 4, "nothing is trained now"
     # the GGUF's are recorded for the ONNX file to be compared with
-    assert lines["log-probabilities in 16 bits"] == 6 * 255 * (2 * spec.vocab_size + 8)
-    assert "log-probabilities in 16 bits" not in disk_lines(_with_types(plan, "Q8_0", "Q4_0"))
-    floors = plan.teacher_floors.values()
-    assert lines["the original, unquantized, while it is measured"] == max(floor.file_bytes for floor in floors)
-    # inputs of layers and head, two snapshots of routers and moments, and the routers that were taught
-    assert lines["training"] == (3 * 8 * 512 + (2 * 3 + 1) * 2 * 12) * spec.hidden_size * 4
-    assert {"gguf files", "onnx files", "student checkpoint", "statistics", "routing", "token blocks"} <= set(lines)
-    with_experts = disk_lines(_edited(plan, recover={"rungs": [_ROUTER | {"scope": "experts"}]}))["training"]
+    recorded = "log-probabilities in 16 bits"
+    assert by_stage["validate_onnx"][recorded] == 6 * 255 * (2 * spec.vocab_size + 8)
+    assert not any(recorded in lines for lines in disk_by_stage(_with_types(plan, "Q8_0", "Q4_0")).values())
+    for name, floor in plan.teacher_floors.items():
+        lines = by_stage[f"teacher_{name}"]
+        assert lines["the original, unquantized, while it is measured"] == floor.file_bytes
+    files = {"gguf files": plan.predictions["gguf"].file, "onnx files": plan.predictions["onnx"].file}
+    assert by_stage["validate_onnx"].items() >= files.items()
+    assert {"statistics", "routing"} <= set(by_stage["onnx"]) and "student checkpoint" in by_stage["student"]
+    assert disk_lines(plan) == max(by_stage.values(), key=lambda lines: sum(lines.values()))
+    assert disk_lines(plan, ["schedule"]) == by_stage["schedule"]
+
+
+def test_layer_inputs_lie_there_while_codes_are_chosen(plan: Plan) -> None:
+    """Two layers and the head: the original's from calibration on, the student's while its file is written."""
+    inputs = 3 * 40 * 512 * plan.teacher_spec.hidden_size * 2
+    by_stage = disk_by_stage(_edited(plan, gguf={"quantizer": "feedback"}))
+    until = {stage for stage, lines in by_stage.items() if lines.get("layer inputs") == inputs}
+    assert until == {"calibrate", "sensitivity", "compress", "schedule", "recover", "gguf", "onnx"}
+    of_the_student = "layer inputs of the student, while codes are chosen"
+    assert {stage for stage, lines in by_stage.items() if lines.get(of_the_student) == inputs} == {"gguf"}
+
+
+def test_training_needs_its_snapshots_and_what_it_taught(plan: Plan) -> None:
+    spec, by_stage = plan.student_spec, disk_by_stage(plan)
+    routers, inputs = 2 * 12 * spec.hidden_size * 4, 3 * 8 * 512 * spec.hidden_size * 4
+    assert by_stage["schedule"]["training"] == inputs
+    assert by_stage["recover"]["training"] == inputs + 2 * 3 * routers, "with both moments"
+    assert by_stage["gguf"]["what recovery taught"] == routers
     experts = 2 * 12 * 3 * spec.hidden_size * spec.expert_width
-    assert with_experts == lines["training"] + experts * (2 * 3 * 4 + 2)  # two snapshots, and the overlay
-    without = _edited(plan, recover={"rungs": []})
-    without = replace(without, recipe=without.recipe.model_copy(update={"save_student": False}))
-    assert set(lines) - set(disk_lines(without)) == {"training", "student checkpoint"}
+    taught = disk_by_stage(_edited(plan, recover={"rungs": [_ROUTER | {"scope": "experts"}]}))
+    assert taught["recover"]["training"] == inputs + 2 * 3 * (routers + experts * 4)
+    assert taught["gguf"]["what recovery taught"] == routers + experts * 2
+    none = disk_by_stage(_edited(plan, recover={"rungs": []}))
+    assert not any({"training", "what recovery taught", "training targets"} & set(lines) for lines in none.values())
 
 
 def test_memory_does_not_grow_with_depth_and_fits_the_promises(plan: Plan) -> None:
@@ -310,17 +334,22 @@ def test_too_little_disk_is_refused_with_figures(plan: Plan, tmp_path: Path) -> 
         refuse_too_little_disk([large], work, large.out)
     assert re.match(
         rf"{tmp_path} has .* free, and the run puts up to 1000000\.\d TB \(.*\) there "
-        r"\(gguf files .*, onnx files .*\); free space, choose another --work-dir and --out, or use --force",
+        r"\(.*gguf files .*, onnx files .*\); free space, choose another --work-dir and --out, or use --force",
         str(refused.value),
     )
 
 
 def test_several_budgets_share_what_is_made_once(plan: Plan) -> None:
-    one, two = disk_lines(plan), disk_lines_of_all([plan, plan])
-    assert two["layer inputs"] == one["layer inputs"]
-    assert two["hidden states"] == one["hidden states"]
-    for what in ("gguf files", "onnx files", "statistics"):
-        assert two[what] == 2 * one[what], what
+    plan = _choosing_codes(plan)
+    plan = replace(plan, teacher_floors={})
+    last = disk_by_stage(plan)["validate_onnx"]
+    two = disk_lines_of_all([plan, plan])
+    assert two["layer inputs"] == disk_by_stage(plan)["calibrate"]["layer inputs"], "they stay for the second"
+    assert two["token blocks"] == last["token blocks"]
+    for what in ("gguf files", "onnx files"):
+        assert two[what] == 2 * last[what], what
+    assert two["student checkpoint"] == last["student checkpoint"], "the second's comes after the fullest stage"
+    assert disk_lines_of_all([plan]) == disk_lines(plan)
 
 
 def test_what_an_unfinished_run_has_written_is_not_needed_again(plan: Plan, tmp_path: Path) -> None:

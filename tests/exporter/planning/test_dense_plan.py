@@ -20,8 +20,9 @@ from compressors.model.sources.opening import open_source
 from compressors.shrink.condense import Condense
 from compressors.shrink.layerwise import LayerTarget
 from compressors.shrink.slim.width import SlimWidth
+from exporter.estimating.disk import disk_by_stage
 from exporter.estimating.estimate import Speeds, seconds_by_stage
-from exporter.estimating.needs import disk_lines, memory_lines
+from exporter.estimating.needs import memory_lines
 from exporter.planning.compression import check_compression, described_compression, expected_spec
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
@@ -182,13 +183,18 @@ def test_layers_are_condensed_after_their_experts_became_narrower(fine_folder: P
 def test_no_line_is_for_routers_or_routing(planned: Planned, fine_folder: Path) -> None:
     plan = planned(save_student=True, quant="Q4_0")
     moe = replace(plan, recipe=_edited(plan.recipe, student="moe"))
-    dense_lines, moe_lines = disk_lines(plan), disk_lines(moe)
+    dense_stages, moe_stages = disk_by_stage(plan), disk_by_stage(moe)
+    dense_lines = dense_stages["student"]
     spec = plan.student_spec
     assert dense_lines["student checkpoint"] == 2 * spec.parameters, "nothing in float32"
     assert dense_lines["changed experts"] == 2 * 6 * 3 * 256 * 512
-    # the teacher's own two and its floors' four, of eleven with the student's and both files', in torch and runtime
-    assert dense_lines["routing"] * 11 == moe_lines["routing"] * 6
-    own = dense_lines["statistics"] - moe_lines["statistics"]
+    figures = 50 * 512 * 64  # of a held-out token beside its routing
+    of_teacher = dense_lines["routing"] - figures
+    # the student's in torch, and then those of both files, in torch and in their runtimes
+    for stage, n_evaluations in (("validate_torch", 1), ("validate_onnx", 5)):
+        assert dense_stages[stage]["routing"] == of_teacher + (1 + n_evaluations) * figures
+        assert moe_stages[stage]["routing"] == (1 + n_evaluations) * (of_teacher + figures)
+    own = dense_stages["onnx"]["statistics"] - moe_stages["onnx"]["statistics"]
     inputs = 4 * 256 + 512  # of attention, its output, gate and up; the output's sum; of the down projection
     assert 6 * 8 * inputs < own < 6 * 8 * (inputs + 20), "and a few sums of one value"
     teacher = plan.teacher_spec

@@ -106,6 +106,8 @@ def test_files_that_a_kill_left_while_they_were_removed_are_not_missed(
     assert work.record("calibrate") == _RECORD
     (folder / "layer_inputs" / "layer-000.npy").unlink()
     assert work.record("calibrate") == _RECORD
+    (folder / "stage.json.partial").touch()
+    assert work.record("calibrate") == _RECORD, "killed while it wrote down what it was about to remove"
     monkeypatch.undo()
     work.remove_files("calibrate", [LAYER_INPUTS])
     assert not (folder / "layer_inputs").exists()
