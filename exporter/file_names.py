@@ -73,6 +73,8 @@ SENSITIVITIES = StageFile("")
 """All of the stage's folder (:class:`compressors.sensitivity.matrices.Sensitivities`)."""
 GENERATION = StageFile("generation.json")
 """The figures of the teacher's texts."""
+TEXT_EFFORT = StageFile("effort.json")
+"""How many passes over the teacher its texts took, and how many drafted tokens were right."""
 
 # ---- search, pareto
 FOUND = StageFile("found.json")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -52,6 +52,11 @@ class Effort:
     passes: int  # times that the model was read
     drafted: int  # tokens that were drafted
     accepted: int  # drafted tokens that were right, with all before them
+
+    @classmethod
+    def of_all(cls, efforts: Sequence[Effort]) -> Effort:
+        """The effort of texts that were written in parts, one part after the other."""
+        return cls(*(sum(values) for values in zip(*map(astuple, efforts), strict=True)))
 
 
 @dataclass

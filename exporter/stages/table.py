@@ -39,6 +39,7 @@ from exporter.file_names import (
     STUDENT_FOLDER,
     SUMMARY,
     TARGETS,
+    TEXT_EFFORT,
     TRIAL,
     WRITTEN_EVALUATION,
     WRITTEN_PREDICTIONS,
@@ -217,10 +218,11 @@ STUDENT = Stage(
 TEACHER_TEXTS = Stage(
     "teacher_texts",
     "teacher.texts",
-    version=1,
+    version=2,
     what="let the original write a few texts",
     reads=_BLOCKS,
-    writes=(GENERATION,),
+    writes=(GENERATION, TEXT_EFFORT),
+    is_helped_by=_FILES,  # one of them drafts the texts: parts of a run with other files share them
 )
 VALIDATE_TORCH = Stage(
     "validate_torch",
@@ -241,7 +243,7 @@ VALIDATE_WRITTEN = Stage(
 VALIDATE_GGUF = Stage(
     "validate_gguf",
     "judge.runtimes",
-    version=5,
+    version=6,
     what="measure the GGUF in llama.cpp",
     reads=files_of("gguf", GGUF_FILE) | _HELDOUT | _SAME_WEIGHTS,
     writes=(EVALUATION, MEASUREMENT, LOG_PROBS),
@@ -251,7 +253,7 @@ VALIDATE_GGUF = Stage(
 VALIDATE_ONNX = Stage(
     "validate_onnx",
     "judge.runtimes",
-    version=4,
+    version=5,
     what="measure the ONNX in ONNX Runtime",
     reads=files_of("onnx", ONNX_FOLDER) | _HELDOUT | _SAME_WEIGHTS | files_of("validate_gguf", LOG_PROBS),
     writes=(EVALUATION, MEASUREMENT),

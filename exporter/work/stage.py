@@ -33,6 +33,7 @@ class Stage:
     reads: Reads = frozenset()
     writes: tuple[StageFile, ...] = ()
     rewrites: Reads = frozenset()  # files of other stages that it changes
+    is_helped_by: Reads = frozenset()  # files that it may open, and whose content changes none of its results
     choices: tuple[str, ...] = ()  # parts of the recipe, or of the plan, that its outputs depend on
     resumes: bool = False  # it continues with the files of a killed attempt
     shared: bool = False  # all processes of a team take part
@@ -64,7 +65,7 @@ class StageContext:
     ) -> StageContext:
         """The inputs of a stage that writes into its unfinished folder, or into another one."""
         folder = work.partial(stage.name) if output is None else output
-        return cls(stage, plan, work.opening(stage.reads), folder, progress)
+        return cls(stage, plan, work.opening(stage.reads | stage.is_helped_by), folder, progress)
 
     def file(self, file: StageFile, **values: Any) -> Path:
         """The place of a file that the stage writes.

@@ -1,28 +1,26 @@
 """Measures whether a model loops: pruned models fall into repetition before their perplexity shows it.
 
 A few dozen beginnings of held-out text are continued greedily and at temperature 1, by the runtime with its KV cache
-and by the teacher in torch. Every draw uses one random number, the same for every model: two models with equal logits
-write equal texts.
+and by the teacher in torch. The random numbers of a draw belong to the prompt and the place, the same for every model:
+two models with equal logits write equal texts.
 
 Letters: P prompts, N new tokens of each.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.predictions.next_token import draw_tokens, random_numbers
+from compressors.model.predictions.drawn_token import drawn_token
 from validate.metrics.bootstrap import Interval
-from validate.runtimes.backend import RuntimeBackend
-
-if TYPE_CHECKING:
-    import torch
+from validate.runtimes.backend import ChooseToken, RuntimeBackend
 
 __all__ = [
     "NEW_TOKENS",
@@ -39,7 +37,7 @@ __all__ = [
     "loops",
     "prompts_of",
     "rate_interval",
-    "uniform_numbers",
+    "sampled",
 ]
 
 PROMPTS = 24
@@ -84,21 +82,13 @@ def prompts_of(chunks_BT: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return chunks_BT[chosen, :PROMPT_TOKENS]
 
 
-def uniform_numbers(n_prompts: int) -> torch.Tensor:
-    """The random numbers of the sampled texts: float64 [P, N] in [0, 1)."""
-    import torch
-
-    return torch.stack([random_numbers((prompt,), NEW_TOKENS) for prompt in range(n_prompts)])
-
-
 def generate_texts(
     backend: RuntimeBackend, prompts_PT: npt.NDArray[np.int64], progress: Callable[[int], None] | None = None
 ) -> GeneratedTexts:
     """Continues every prompt in the runtime, in both ways; ``progress`` is called with 1 after each text."""
-    uniform_PN = uniform_numbers(len(prompts_PT))
     texts: dict[str, list[list[int]]] = {"greedy_PN": [], "sampled_PN": []}
-    for prompt, uniform_N in zip(prompts_PT.tolist(), uniform_PN, strict=True):
-        for way, choose in (("greedy_PN", greedy), ("sampled_PN", _sampled(uniform_N))):
+    for number, prompt in enumerate(prompts_PT.tolist()):
+        for way, choose in (("greedy_PN", greedy), ("sampled_PN", sampled(number))):
             texts[way].append(backend.generate(prompt, NEW_TOKENS, choose))
             if progress is not None:
                 progress(1)
@@ -110,16 +100,10 @@ def greedy(logits_V: npt.NDArray[np.float32]) -> int:
     return int(logits_V.argmax())
 
 
-def _sampled(uniform_N: torch.Tensor) -> Callable[[npt.NDArray[np.float32]], int]:
-    """Draws the next token by the next number, at temperature 1."""
-    import torch
-
-    numbers = iter(uniform_N)
-
-    def choose(logits_V: npt.NDArray[np.float32]) -> int:
-        return int(draw_tokens(torch.from_numpy(logits_V)[None], next(numbers)[None]))
-
-    return choose
+def sampled(prompt: int, first_place: int = 0) -> ChooseToken:
+    """Draws the tokens after a prompt, which is given by its number, from a place on; at temperature 1."""
+    places = itertools.count(first_place)
+    return lambda logits_V: drawn_token(logits_V, (prompt, next(places)))
 
 
 def generation_figures(texts: GeneratedTexts, end_of_text: Sequence[int]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from compressors.model.errors import InputError
 from compressors.model.files.tokenizer_files import load_tokenizer
 from validate.runtimes import time_limit
 from validate.runtimes.backend import Backend, ChunkOutput
-from validate.runtimes.llama_cpp import logged_error, start_runtime
+from validate.runtimes.llama_cpp_session import logged_error, start_runtime
 
 if TYPE_CHECKING:  # a process that only tokenizes needs no torch
     import torch

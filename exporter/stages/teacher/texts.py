@@ -1,76 +1,132 @@
-"""Lets the teacher continue the same prompts as the files, to see how often the original loops."""
+"""Lets the teacher continue the same prompts as the files, to see how often the original loops.
+
+The first file that was written drafts the texts in its runtime, and the teacher checks whole drafts of all texts
+whenever it is streamed (:mod:`compressors.recover.drafted_texts`).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.predictions.next_token import draw_tokens
+from compressors.model.predictions.drawn_token import drawn_token
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.student import Student
-from compressors.recover.sampling import cache_bytes, continue_texts
-from exporter.file_names import GENERATION
-from exporter.stages.inputs import memory_limit, token_blocks, use_threads
+from compressors.recover.drafted_texts import Draft, Effort, write_texts
+from compressors.recover.sampling import cache_bytes
+from exporter.file_names import GENERATION, TEXT_EFFORT
+from exporter.stages.inputs import artifact_path, memory_limit, token_blocks, use_threads
 from exporter.work.stage import StageContext
-from validate.metrics.generation import NEW_TOKENS, GeneratedTexts, generation_figures, prompts_of, uniform_numbers
+from validate.metrics.generation import NEW_TOKENS, GeneratedTexts, generation_figures, prompts_of
+from validate.runtimes.drafts import Drafter, Wish
 
-__all__ = ["streamed_texts", "teacher_texts"]
+__all__ = ["drafts_of", "streamed_texts", "teacher_texts"]
 
 
 def teacher_texts(context: StageContext) -> None:
-    """Writes the figures of the teacher's texts, in float32, the reference."""
+    """Writes the figures of the teacher's texts, in float32, the reference, and how many passes they took."""
     plan = context.plan
     use_threads(plan)
     teacher = Student.teacher(plan.open_source())
     model = StreamedModel(teacher, limit=memory_limit(context), device=torch.device(plan.device))
     prompts_PT = prompts_of(token_blocks(context.work).heldout.numpy())
-    with context.progress.bar("tokens", 2 * len(prompts_PT) * NEW_TOKENS) as advance:
-        texts = streamed_texts(model, prompts_PT, advance)
+    drafting = plan.recipe.artifacts[0]
+    with (
+        Drafter(
+            drafting,
+            artifact_path(context.work, drafting),
+            n_texts=2 * len(prompts_PT),
+            n_tokens=prompts_PT.shape[1] + NEW_TOKENS,
+            threads=plan.recipe.threads,
+        ) as drafter,
+        context.progress.bar("tokens", 2 * len(prompts_PT) * NEW_TOKENS) as advance,
+    ):
+        draft = drafts_of(drafter, *prompts_PT.shape)
+        texts, effort = streamed_texts(model, prompts_PT, advance, draft, plan.end_tokens)
     figures = generation_figures(texts, plan.end_tokens)
     context.file(GENERATION).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    kept = asdict(effort) | {"drafted_by": drafting, "drafting_ended": drafter.error}
+    context.file(TEXT_EFFORT).write_text(json.dumps(kept, indent=1), encoding="utf-8")
+
+
+def drafts_of(drafter: Drafter, n_prompts: int, n_prompt_tokens: int) -> Draft:
+    """Drafts of a runtime for the texts of all prompts: first the greedy ones, then the drawn ones."""
+
+    def draft(texts: Sequence[int], tokens: Sequence[Sequence[int]], most: Sequence[int]) -> Sequence[Sequence[int]]:
+        return drafter.draft(
+            [
+                Wish(text, known, n_most, _drawn_by(text, n_prompts), len(known) - n_prompt_tokens)
+                for text, known, n_most in zip(texts, tokens, most, strict=True)
+            ]
+        )
+
+    return draft
 
 
 def streamed_texts(
-    model: StreamedModel, prompts_PT: npt.NDArray[np.int64], progress: Callable[[int], None]
-) -> GeneratedTexts:
+    model: StreamedModel,
+    prompts_PT: npt.NDArray[np.int64],
+    progress: Callable[[int], None],
+    draft: Draft | None = None,
+    ends: Collection[int] = (),
+) -> tuple[GeneratedTexts, Effort]:
     """Continues every prompt greedily and at temperature 1.
 
-    All texts grow together, so layers are read once for a token of each; if the memory limit has no room for their keys
-    and values, they are written in parts.
+    All texts grow together, so layers are read once for a few tokens of each; if the memory limit has no room for their
+    keys and values, they are written in parts.
 
     Args:
         model: the model that writes.
         prompts_PT: int64 token ids.
         progress: called with the number of new tokens.
+        draft: guesses how the texts go on; their numbers are those of :func:`drafts_of`.
+        ends: tokens that end a text.
 
     Raises:
         InputError: not even one text's keys and values fit the memory limit.
     """
     n_prompts, n_prompt_tokens = prompts_PT.shape
     both_BT = torch.from_numpy(np.concatenate([prompts_PT, prompts_PT]))
-    uniform_PN = uniform_numbers(n_prompts)
     n_together = len(both_BT)
     while n_together > 1 and not model.reserve(cache_bytes(model.spec, n_together, n_prompt_tokens + NEW_TOKENS)):
         n_together = -(-n_together // 2)
-    written = []
+    written, efforts = [], []
     for part_b in torch.arange(len(both_BT)).split(n_together):
+        first = int(part_b[0])
 
-        def choose(logits_bV: torch.Tensor, texts: slice, place: int, part_b: torch.Tensor = part_b) -> torch.Tensor:
-            progress(len(logits_bV))
-            return _greedy_or_drawn(logits_bV, part_b[texts] - n_prompts, uniform_PN[:, place])
+        def choose(
+            logits_nV: torch.Tensor, texts: Sequence[int], places: Sequence[int], first: int = first
+        ) -> torch.Tensor:
+            return _chosen(logits_nV, [_drawn_by(first + text, n_prompts) for text in texts], places)
 
-        written.append(continue_texts(model, both_BT[part_b], NEW_TOKENS, choose))
+        def draft_part(
+            texts: Sequence[int], tokens: Sequence[Sequence[int]], most: Sequence[int], first: int = first
+        ) -> Sequence[Sequence[int]]:
+            assert draft is not None
+            return draft([first + text for text in texts], tokens, most)
+
+        drafted = None if draft is None else draft_part
+        new_bT, effort = write_texts(model, both_BT[part_b], NEW_TOKENS, choose, drafted, ends=ends, progress=progress)
+        written.append(new_bT)
+        efforts.append(effort)
     new_BN = torch.cat(written)[:, n_prompt_tokens:].numpy()
-    return GeneratedTexts(new_BN[:n_prompts], new_BN[n_prompts:])
+    return GeneratedTexts(new_BN[:n_prompts], new_BN[n_prompts:]), Effort.of_all(efforts)
 
 
-def _greedy_or_drawn(logits_bV: torch.Tensor, numbers_b: torch.Tensor, uniform_P: torch.Tensor) -> torch.Tensor:
-    """Each text's next token: drawn by its own number, or the most probable if it has none (a negative index)."""
-    tokens_b = logits_bV.argmax(-1)
-    drawn_b = numbers_b >= 0
-    tokens_b[drawn_b] = draw_tokens(logits_bV[drawn_b], uniform_P[numbers_b[drawn_b]])
-    return tokens_b
+def _drawn_by(text: int, n_prompts: int) -> int | None:
+    """The prompt whose random numbers draw a text's tokens; None for a greedy text."""
+    return text - n_prompts if text >= n_prompts else None
+
+
+def _chosen(logits_nV: torch.Tensor, drawn_by: Sequence[int | None], places: Sequence[int]) -> torch.Tensor:
+    """The next tokens: drawn by a prompt's random numbers, or the most probable ones."""
+    tokens_n = logits_nV.argmax(-1)
+    for row, (prompt, place) in enumerate(zip(drawn_by, places, strict=True)):
+        if prompt is not None:
+            tokens_n[row] = drawn_token(logits_nV[row].numpy(), (prompt, place))
+    return tokens_n

@@ -12,15 +12,17 @@ import torch
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM
 
-from compressors.model.predictions.next_token import draw_tokens
+from compressors.model.predictions.drawn_token import drawn_token
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
-from exporter.stages.teacher.texts import streamed_texts
+from compressors.recover.drafted_texts import Effort
+from exporter.stages.teacher.texts import drafts_of, streamed_texts
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.writer import write_onnx
 from validate.metrics.generation import (
+    NEW_TOKENS,
     GeneratedTexts,
     generate_texts,
     generation_figures,
@@ -30,9 +32,9 @@ from validate.metrics.generation import (
     loops,
     prompts_of,
     rate_interval,
-    uniform_numbers,
 )
 from validate.runtimes.backend import RuntimeBackend
+from validate.runtimes.drafts import Drafter, Wish
 from validate.runtimes.llama_cpp import LlamaCppBackend
 from validate.runtimes.onnx import OnnxRuntimeBackend
 
@@ -153,14 +155,13 @@ def prompts_PT(heldout_tokens: _Tokens) -> _Tokens:
 def expected(toy_folder: Path, prompts_PT: _Tokens) -> GeneratedTexts:
     """Stock transformers, without a cache."""
     stock = AutoModelForCausalLM.from_pretrained(toy_folder, dtype=torch.float32)
-    uniform_PN = uniform_numbers(len(prompts_PT))
     texts = {"greedy_PN": torch.from_numpy(prompts_PT), "sampled_PN": torch.from_numpy(prompts_PT)}
     with torch.no_grad():
-        for place in range(uniform_PN.shape[1]):
+        for place in range(NEW_TOKENS):
             for way, text_PT in texts.items():
                 logits_PV = stock(text_PT, use_cache=False).logits[:, -1]
-                sampled = draw_tokens(logits_PV, uniform_PN[:, place])
-                next_P = logits_PV.argmax(-1) if way == "greedy_PN" else sampled
+                sampled = [drawn_token(logits_V.numpy(), (prompt, place)) for prompt, logits_V in enumerate(logits_PV)]
+                next_P = logits_PV.argmax(-1) if way == "greedy_PN" else torch.tensor(sampled)
                 texts[way] = torch.cat([text_PT, next_P[:, None]], dim=1)
     return GeneratedTexts(**{way: text_PT[:, prompts_PT.shape[1] :].numpy() for way, text_PT in texts.items()})
 
@@ -176,12 +177,16 @@ def test_the_teacher_s_texts_are_those_of_stock_transformers(
     """All six texts together, and a few at a time."""
     teacher = Student.teacher(open_source(toy_folder))
     done: list[int] = []
-    _assert_equal(streamed_texts(StreamedModel(teacher), prompts_PT, done.append), expected)
+    alone, effort = streamed_texts(StreamedModel(teacher), prompts_PT, done.append)
+    _assert_equal(alone, expected)
+    assert effort == Effort(passes=NEW_TOKENS, drafted=0, accepted=0)
     assert sum(done) == 2 * expected.greedy_PN.size
     model = StreamedModel(teacher, limit=MemoryLimit(10**12, tmp_path))
     room = iter([False, False, *[True] * 10])
     model.reserve = lambda n_bytes: next(room)  # type: ignore[method-assign]
-    _assert_equal(streamed_texts(model, prompts_PT, done.append), expected)
+    in_parts, effort = streamed_texts(model, prompts_PT, done.append)
+    _assert_equal(in_parts, expected)
+    assert effort.passes == 3 * NEW_TOKENS
     assert (expected.greedy_PN != expected.sampled_PN).any()
     assert len({tuple(text) for text in expected.sampled_PN.tolist()}) == len(prompts_PT)
 
@@ -202,3 +207,56 @@ def test_a_runtime_s_texts_are_those_of_stock_transformers(
     done: list[int] = []
     _assert_equal(generate_texts(backend, prompts_PT, done.append), expected)
     assert sum(done) == 2 * len(prompts_PT)
+
+
+@pytest.mark.parametrize("artifact", ["gguf", "onnx"])
+def test_a_coarse_file_drafts_the_teacher_s_texts(
+    artifact: str, toy_folder: Path, prompts_PT: _Tokens, expected: GeneratedTexts, tmp_path: Path
+) -> None:
+    """They are the teacher's in far fewer passes; a limit changes where drafts are checked, and no token."""
+    teacher = Student.teacher(open_source(toy_folder))
+    if artifact == "gguf":
+        path = tmp_path / "toy.gguf"
+        write_gguf(teacher, "Q4_0", path, name="toy", threads=1)
+    else:
+        path = tmp_path / "onnx"
+        write_onnx(teacher, "Q4_0", path, threads=1)
+    n_tokens = prompts_PT.shape[1] + NEW_TOKENS
+    with Drafter(artifact, path, n_texts=2 * len(prompts_PT), n_tokens=n_tokens, threads=1) as drafter:
+        draft = drafts_of(drafter, *prompts_PT.shape)
+        texts, effort = streamed_texts(StreamedModel(teacher), prompts_PT, lambda _: None, draft)
+        assert drafter.error is None
+    _assert_equal(texts, expected)
+    assert effort.passes <= 24
+    assert 0.5 < effort.accepted / effort.drafted < 1
+
+
+def test_a_runtime_that_dies_drafts_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF, but not really")
+    with Drafter("gguf", path, n_texts=1, n_tokens=40, threads=1) as drafter:
+        assert drafter.draft([Wish(0, [1, 2], 4)]) == [[]]
+        assert drafter.draft([Wish(0, [1, 2], 4)]) == [[]]
+        assert drafter.error is not None
+        assert f"{path} cannot be loaded by llama.cpp" in drafter.error
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
+    logits_V = np.array([0.3, -2.0, 1.1, -np.inf, 0.0], dtype=np.float32)
+    n = 10_000
+    found_V = np.bincount([drawn_token(logits_V, (7, place)) for place in range(n)], minlength=5) / n
+    probabilities_V = np.exp(logits_V) / np.exp(logits_V).sum()
+    assert found_V == pytest.approx(probabilities_V, abs=4 * (0.25 / n) ** 0.5)
+
+
+def test_similar_models_mostly_draw_the_same_token() -> None:
+    """At most 2 D / (1 + D) of the draws differ at the total variation distance D; more tokens at the end do not."""
+    generator = np.random.default_rng(5)
+    logits_V = generator.normal(0, 2, 1000).astype(np.float32)
+    other_V = logits_V + generator.normal(0, 0.1, 1000).astype(np.float32)
+    first_V, second_V = (np.exp(values) / np.exp(values).sum() for values in (logits_V, other_V))
+    distance = np.abs(first_V - second_V).sum() / 2
+    n = 2000
+    longer_V = np.append(other_V, np.float32(-np.inf))
+    differ = sum(drawn_token(logits_V, (place,)) != drawn_token(longer_V, (place,)) for place in range(n)) / n
+    assert 0 < differ < 2 * distance / (1 + distance) + 3 * (distance / n) ** 0.5
