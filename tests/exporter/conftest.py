@@ -13,12 +13,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
 from exporter.cli import main
+from tests.exporter import stage_runs
 
 Command = Callable[..., Sequence[str]]
 Completed = subprocess.CompletedProcess[str]
@@ -45,6 +45,15 @@ def small_texts(
             text = (source / f"{domain}.txt").read_text(encoding="utf-8")[:n_characters]
             (folder / name / f"{domain}.txt").write_text(text[: text.rindex("\n\n")], encoding="utf-8")
     return folder / "calibration", folder / "heldout"
+
+
+@pytest.fixture(scope="session")
+def short_text(tmp_path_factory: pytest.TempPathFactory, small_texts: tuple[Path, Path]) -> Path:
+    """A file with a few blocks of held-out text, for tests of what is done with the figures."""
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    text = (small_texts[1] / "encyclopedic.txt").read_text(encoding="utf-8")
+    path.write_text(text[:5000], encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -82,11 +91,9 @@ def tiny_recipe(
 
 @pytest.fixture
 def torch_left_as_it_was() -> Iterator[None]:
-    """For tests that run stages in this process: stages, which have one of their own, set torch up as they like."""
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+    """For tests that run stages in this process."""
+    with stage_runs.torch_left_as_it_was():
+        yield
 
 
 @pytest.fixture(scope="session")

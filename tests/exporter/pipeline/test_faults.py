@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -25,6 +25,7 @@ from exporter.planning.plan import Plan
 from exporter.run import run_job
 from exporter.stages.table import ALL_STAGES, OF_THE_REPORT
 from exporter.work.directory import WorkDirectory
+from tests.exporter.forked_program import ForkedProgram
 from tests.exporter.found_processes import are_gone, stage_of
 from validate.runtimes.measure import artifact_bytes
 
@@ -88,22 +89,22 @@ def toy(
     fullest: dict[str, int] = {}
     toy = Toy(model, small_texts, tiny_recipe, folder / "out.work", fullest)
     out = folder / "out"
-    with _started(toy.command(toy_command, out)) as process:
+    with _forked(toy.command(toy_command, out)) as process:
         _wait_for_stage(process, "calibrate")
         out.mkdir()
         watching = Thread(target=_watch, args=(toy.work, process, fullest))
         watching.start()
-        _, said = process.communicate()
+        said = process.stderr.read()
+        assert process.wait() == 2
         watching.join()
-    assert process.returncode == 2
     assert f"{out} was made by somebody else meanwhile; move it away and run the same command again" in said
     assert list(out.iterdir()) == []
     return toy
 
 
-def _watch(work: Path, process: subprocess.Popen[str], fullest: dict[str, int]) -> None:
+def _watch(work: Path, process: ForkedProgram, fullest: dict[str, int]) -> None:
     """Looks again and again at what lies in a work folder, until the run ends."""
-    while process.poll() is None:
+    while process.returncode is None:
         running = {path.name.removesuffix(PARTIAL_SUFFIX) for path in work.glob(f"*{PARTIAL_SUFFIX}")}
         n_bytes = sum(_size(path) for path in work.rglob("*"))
         for stage in running & set(_WHAT):
@@ -133,6 +134,17 @@ def _finish(toy: Toy, out: Path) -> str:
 
 
 @contextmanager
+def _forked(command: Sequence[str]) -> Iterator[ForkedProgram]:
+    process = ForkedProgram(command)
+    with process.stderr:
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
 def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -144,7 +156,10 @@ def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _stderr(process: subprocess.Popen[str]) -> IO[str]:
+_Process = ForkedProgram | subprocess.Popen[str]
+
+
+def _stderr(process: _Process) -> IO[str]:
     assert process.stderr is not None
     return process.stderr
 
@@ -153,7 +168,7 @@ _SMALL_FILES = 100_000  # bytes of records, plans and headers
 _WHAT = {stage.name: stage.what for stage in ALL_STAGES}
 
 
-def _wait_for_stage(process: subprocess.Popen[str], stage: str) -> None:
+def _wait_for_stage(process: _Process, stage: str) -> None:
     said = []
     for line in _stderr(process):
         said.append(line)
@@ -162,15 +177,15 @@ def _wait_for_stage(process: subprocess.Popen[str], stage: str) -> None:
     raise AssertionError("".join(said))
 
 
-def _parent(process: subprocess.Popen[str], number: int) -> None:
+def _parent(process: _Process, number: int) -> None:
     os.kill(process.pid, number)
 
 
-def _group(process: subprocess.Popen[str], number: int) -> None:
+def _group(process: _Process, number: int) -> None:
     os.killpg(process.pid, number)
 
 
-def _stage(process: subprocess.Popen[str], number: int) -> None:
+def _stage(process: _Process, number: int) -> None:
     stage_of(process.pid).send_signal(number)
 
 
@@ -178,19 +193,22 @@ _GOES_ON = "stopped; the same command goes on where this run was\n"
 
 
 @pytest.mark.parametrize(
-    ("to_whom", "number", "code", "said"),
+    ("begin", "to_whom", "number", "code", "said"),
     [
-        (_parent, signal.SIGINT, 130, _GOES_ON),
-        (_group, signal.SIGINT, 130, _GOES_ON),
-        (_parent, signal.SIGTERM, 143, _GOES_ON),
-        (_group, signal.SIGTERM, 143, _GOES_ON),
+        (_forked, _parent, signal.SIGINT, 130, _GOES_ON),
+        (_started, _group, signal.SIGINT, 130, _GOES_ON),  # what a person does most
+        (_forked, _group, signal.SIGINT, 130, _GOES_ON),
+        (_forked, _parent, signal.SIGTERM, 143, _GOES_ON),
+        (_forked, _group, signal.SIGTERM, 143, _GOES_ON),
         (
+            _forked,
             _stage,
             signal.SIGTERM,
             1,
             "error: stage recover: its process died with SIGTERM; the same command goes on where this run was\n",
         ),
         (
+            _forked,
             _stage,
             signal.SIGKILL,
             1,
@@ -203,14 +221,15 @@ def test_a_signal_ends_the_run_with_one_sentence(
     toy: Toy,
     toy_command: Command,
     tmp_path: Path,
-    to_whom: Callable[[subprocess.Popen[str], int], None],
+    begin: Callable[[Sequence[str]], AbstractContextManager[_Process]],
+    to_whom: Callable[[_Process, int], None],
     number: int,
     code: int,
     said: str,
 ) -> None:
     out = tmp_path / "out"
     work = toy.unfinished_work(out, "recover")
-    with _started(toy.command(toy_command, out)) as process:
+    with begin(toy.command(toy_command, out)) as process:
         _wait_for_stage(process, "recover")
         stage = stage_of(process.pid)
         to_whom(process, number)
@@ -237,7 +256,7 @@ def test_a_crash_of_a_stage_s_own_process_is_no_finding_unless_a_runtime_did_it(
     """A stage that was killed from outside must not be recorded as a runtime that crashed."""
     out = tmp_path / "out"
     work = toy.unfinished_work(out, "validate_gguf")
-    with _started(toy.command(toy_command, out)) as process:
+    with _forked(toy.command(toy_command, out)) as process:
         _wait_for_stage(process, "validate_gguf")
         _stage(process, signal.SIGTERM)
         assert "stage validate_gguf: its process died with SIGTERM" in _stderr(process).read()
@@ -250,7 +269,7 @@ def test_two_runs_do_not_get_in_each_other_s_way(
 ) -> None:
     out = tmp_path / "out"
     work = toy.unfinished_work(out, "recover")
-    with _started(toy.command(toy_command, out)) as process:
+    with _forked(toy.command(toy_command, out)) as process:
         _wait_for_stage(process, "recover")
         _stage(process, signal.SIGSTOP)  # it must last longer than the others take to be refused
         same = run_command(toy.command(toy_command, out))
@@ -265,7 +284,7 @@ def test_two_runs_do_not_get_in_each_other_s_way(
         same_work = run_command(toy.command(toy_command, other_out, "--work-dir", str(tmp_path)))
         assert same_work.returncode == 2
         assert f"another run works in {work.folder} right now" in same_work.stderr
-        assert process.poll() is None
+        assert process.returncode is None
     assert not other_out.exists()
 
 
@@ -294,7 +313,7 @@ def test_a_model_that_is_cut_off_while_it_is_read(
     work = toy.unfinished_work(out, "calibrate")
     size = weights.stat().st_size
     with _put_back(weights):
-        with _started(toy.command(toy_command, out)) as process:
+        with _forked(toy.command(toy_command, out)) as process:
             _wait_for_stage(process, "calibrate")
             stage_of(process.pid)
             os.truncate(weights, size // 2)
@@ -315,7 +334,7 @@ def test_a_model_that_is_touched_while_it_is_read_is_read_again(toy: Toy, toy_co
     out, weights = tmp_path / "out", toy.model / "model.safetensors"
     toy.unfinished_work(out, "calibrate")
     with _put_back(weights):
-        with _started(toy.command(toy_command, out)) as process:
+        with _forked(toy.command(toy_command, out)) as process:
             _wait_for_stage(process, "calibrate")
             stage_of(process.pid)
             os.utime(weights)

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-import yaml
+
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.planning.job import Flags
+from exporter.planning.recipe import recipe_yaml
+from exporter.publishing.result import final_recipe
+from exporter.run import run_job
+from exporter.searching import units
+from exporter.stages.search import search
+from exporter.stages.table import GGUF
+from exporter.work.directory import WorkDirectory
+from exporter.writing.files import sha256_of
+from exporter.writing.hf_checkpoint import write_checkpoint
+from tests.exporter.stage_runs import stages_in_this_process
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
-_BUDGETS = {"3.4MB": 3_400_000, "1.3MB": 1_300_000}
+_N_EXPERTS = 8
+_BUDGETS = {"1.25MB": 1_250_000, "640KiB": 640 * 1024}
+_LARGE, _SMALL = _BUDGETS
+_MEASURED = 2  # files of each budget: a busy machine would measure fewer in its time, an idle one more
+
+
+_TYPES = [ggml_type for ggml_type in units.ALLOCATED_TYPES if not ggml_type.name.startswith("IQ2")]
+"""Without those whose tables take ggml's library most of the test's time; nor are the IQ1 types the last resort."""
 
 
 @dataclass(frozen=True)
@@ -26,22 +47,49 @@ class Searched:
     out: Path
     said: str
     reports: dict[str, dict[str, Any]]
-    inputs: list[str]
+    model: Path
+
+
+@pytest.fixture(scope="module")
+def few_experts(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Path:
+    """A checkpoint with one layer and a quarter of its experts: a search spends most of its time on their codes."""
+    whole = toy_checkpoint(tmp_path_factory.mktemp("whole"), n_layers=1)
+    folder = tmp_path_factory.mktemp("model") / "few-experts"
+    source = open_source(whole)
+    write_checkpoint(Student(source, ExpertMap.keeping(source.spec.n_experts, (tuple(range(_N_EXPERTS)),))), folder)
+    for path in whole.glob("tokenizer*"):
+        shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory, small_texts: tuple[Path, Path]) -> tuple[Path, Path]:
+    """(calibration, held-out): the beginnings of one of the toy job's files."""
+    folder = tmp_path_factory.mktemp("texts")
+    for source in small_texts:
+        text = (source / "religion.txt").read_text(encoding="utf-8")
+        (folder / source.name).mkdir()
+        half = text[: text.rindex("\n\n", 0, len(text) // 2)]
+        (folder / source.name / "religion.txt").write_text(half, encoding="utf-8")
+    return folder / "calibration", folder / "heldout"
 
 
 @pytest.fixture(scope="module")
 def searched(
-    tmp_path_factory: pytest.TempPathFactory, toy_model: Path, small_texts: tuple[Path, Path], run_command: Run
+    tmp_path_factory: pytest.TempPathFactory, few_experts: Path, texts: tuple[Path, Path], run_command: Run
 ) -> Searched:
     out = tmp_path_factory.mktemp("search") / "out"
-    calibration, heldout = small_texts
-    inputs = [str(toy_model), "--calibration", str(calibration), "--text", str(heldout)]
+    calibration, heldout = texts
+    inputs = [str(few_experts), "--calibration", str(calibration), "--text", str(heldout)]
     choices = ["--budget", ",".join(_BUDGETS), "--budget-kind", "file", "--formats", "gguf", "--context", "512"]
-    limits = ["--threads", "1", "--recover-time", "3s", "--plan-time", "30s"]
-    result = run_command([sys.executable, "-m", "exporter", *inputs, *choices, *limits, "--out", str(out)])
+    limits = ["--threads", "1", "--recover-time", "3s"]
+    effort = mock.patch.object(search, "n_measured_files", lambda context: _MEASURED)
+    types = mock.patch.multiple(units, ALLOCATED_TYPES=_TYPES, LAST_RESORT={"Q2_0"})
+    with effort, types, stages_in_this_process():
+        result = run_command([sys.executable, "-m", "exporter", *inputs, *choices, *limits, "--out", str(out)])
     assert result.returncode in (0, 4), result.stderr
     reports = {name: json.loads((out / name / "report.json").read_text(encoding="utf-8")) for name in _BUDGETS}
-    return Searched(out, result.stderr, reports, inputs)
+    return Searched(out, result.stderr, reports, few_experts)
 
 
 def test_each_budget_has_an_output_of_its_own_that_fits(searched: Searched) -> None:
@@ -61,9 +109,9 @@ def test_calibration_and_sensitivities_are_made_once(searched: Searched) -> None
 
 def test_bits_go_first_and_then_width_or_experts(searched: Searched) -> None:
     large, small = (searched.reports[name]["recipe"]["compress"] for name in _BUDGETS)
-    assert (large["experts"], large["width"]) == (32, None)
-    assert small["experts"] < 32 or small["width"] is not None
-    types = searched.reports["3.4MB"]["recipe"]["gguf"]["tensors"]
+    assert (large["experts"], large["width"]) == (_N_EXPERTS, None)
+    assert small["experts"] < _N_EXPERTS or small["width"] is not None
+    types = searched.reports[_LARGE]["recipe"]["gguf"]["tensors"]
     assert len(set(types.values())) > 2, "tensors have types of their own"
 
 
@@ -71,28 +119,35 @@ def test_the_lowest_measured_divergence_is_chosen_and_no_mix_beats_it(searched: 
     for report in searched.reports.values():
         measured = {row["measured"]: row for row in report["search"] if row["measured"] is not None}
         assert measured[min(measured)]["is_chosen"]
-    baselines = [row for row in searched.reports["3.4MB"]["search"] if row["is_baseline"]]
+    baselines = [row for row in searched.reports[_LARGE]["search"] if row["is_baseline"]]
     assert baselines, "mixes that fit were measured"
     assert not any(row["is_chosen"] for row in baselines)
 
 
+class _Enough(Exception):
+    pass
+
+
 def test_a_recipe_that_was_found_makes_the_same_file_again(
-    searched: Searched, run_command: Run, tmp_path: Path
+    searched: Searched, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    recipe = searched.out / "3.4MB" / "recipe.yaml"
-    command = [
-        sys.executable,
-        "-m",
-        "exporter",
-        *searched.inputs,
-        "--recipe",
-        str(recipe),
-        "--out",
-        str(tmp_path / "x"),
-    ]
-    result = run_command(command)
-    assert result.returncode in (0, 4), result.stderr
-    first, again = (next(folder.glob("*.gguf")) for folder in (searched.out / "3.4MB", tmp_path / "x"))
+    """The run ends when the file is written: what follows is as without a search."""
+    calibration, heldout = texts
+    recipe = searched.out / _LARGE / "recipe.yaml"
+    job = Flags(
+        model=str(searched.model), calibration=calibration, text=heldout, recipe=recipe, out=tmp_path / "x", seed=42
+    ).job()
+    said: list[str] = []
+
+    def announce(line: str) -> None:
+        if any(GGUF.what in earlier for earlier in said) and line.startswith("["):
+            raise _Enough
+        said.append(line)
+
+    with pytest.raises(_Enough), stages_in_this_process():
+        run_job(job, "moe-export", announce)
+    work = WorkDirectory(tmp_path / "x.work")
+    (first,), (again,) = (folder.glob("*.gguf") for folder in (searched.out / _LARGE, work.stage(GGUF.name)))
     assert first.name == again.name
-    assert hashlib.sha256(first.read_bytes()).digest() == hashlib.sha256(again.read_bytes()).digest()
-    assert yaml.safe_load(recipe.read_text()) == yaml.safe_load((tmp_path / "x" / "recipe.yaml").read_text())
+    assert sha256_of(first) == sha256_of(again)
+    assert recipe_yaml(final_recipe(work.plan(), work)) == recipe.read_text(encoding="utf-8")
