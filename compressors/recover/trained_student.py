@@ -21,6 +21,7 @@ from compressors.model.running.trained_experts import (
     TrainedMatrices,
     WholeMatrices,
 )
+from compressors.model.sources.adapters import adapter_tensors
 from compressors.model.sources.student import Student
 from compressors.recover.scopes import BlockLength, Scope, is_routers, scaled_matrices
 
@@ -99,8 +100,9 @@ class TrainedStudent:
     def overlay(self) -> dict[str, torch.Tensor]:
         """The tensors as they are now, by their name in the student; later training does not change these copies.
 
-        Routers, norms and biases are float32. Matrices go back to storage dtype, adapters merged into them. Factors of
-        blocks are not among them: they belong to a file (:meth:`factors`).
+        Routers, norms and biases are float32. Matrices go back to storage dtype, and adapters stay adapters
+        (:mod:`compressors.model.sources.adapters`). Factors of blocks are not among them: they belong to a file
+        (:meth:`factors`).
         """
         overlay = {
             self.student.name(role, layer): tensor.detach().to("cpu", self._overlay_dtype(role, layer), copy=True)
@@ -108,8 +110,8 @@ class TrainedStudent:
         }
         for layer, trained in self._experts.items():
             if not isinstance(trained.down, ScaledMatrices):
-                for expert in trained.experts:
-                    overlay |= self._merged(layer, expert, trained)
+                for row, expert in enumerate(trained.experts):
+                    overlay |= self._of_expert(layer, row, expert, trained)
         return overlay
 
     def is_router(self, key: ParameterKey) -> bool:
@@ -157,15 +159,22 @@ class TrainedStudent:
                 self._experts[index] = self._trained_experts(index, chosen, scope.adapter_rank)
 
     @torch.no_grad()
-    def _merged(self, layer: int, expert: int, trained: TrainedExperts) -> dict[str, torch.Tensor]:
-        student, dtype = self.student, self.student.expert_dtype
-        gate_up = trained.gate_up_weight(expert, self._gate_up(layer, expert).to(self._device))
-        down = trained.down_weight(expert, student.expert(Role.EXPERT_DOWN, layer, expert).to(self._device))
-        roles = self._routed(layer).input_roles
-        matrices = dict(zip(roles, gate_up.chunk(len(roles)), strict=True)) | {Role.EXPERT_DOWN: down}
-        return {
-            student.name(role, layer, expert): matrix.to("cpu", dtype, copy=True) for role, matrix in matrices.items()
-        }
+    def _of_expert(self, layer: int, row: int, expert: int, trained: TrainedExperts) -> dict[str, torch.Tensor]:
+        """The overlay of the ``row``-th trained expert of a layer."""
+        student, roles = self.student, self._routed(layer).input_roles
+        overlay: dict[str, torch.Tensor] = {}
+        for of_matrix, matrices in ((roles, trained.gate_up), ((Role.EXPERT_DOWN,), trained.down)):
+            names = [student.name(role, layer, expert) for role in of_matrix]
+            if isinstance(matrices, LowRankMatrices):
+                factors = (tensor[row].to("cpu", copy=True) for tensor in (matrices.a_NPRI, matrices.b_NPOR))
+                overlay |= adapter_tensors(names[0], *factors)
+            elif isinstance(matrices, WholeMatrices):
+                parts = matrices.weight_NOI[row].chunk(len(names))
+                overlay |= {
+                    name: part_OI.to("cpu", student.expert_dtype, copy=True)
+                    for name, part_OI in zip(names, parts, strict=True)
+                }
+        return overlay
 
     def _trained_experts(self, layer: int, experts: tuple[int, ...], rank: int | None) -> TrainedExperts:
         if rank is None:

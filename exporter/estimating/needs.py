@@ -116,10 +116,15 @@ def training_snapshot_bytes(plan: Plan, trained: Sequence[RungChoice]) -> int:
 
 
 def taught_bytes(plan: Plan) -> int:
-    """Bytes of the tensors that all rungs before quantizing teach: routers in float32, experts in storage dtype."""
-    rungs = plan.recipe.recover.rungs
-    n_with_experts = sum(rung.scope not in ("router", "norms") for rung in rungs)
-    return len(rungs) * 4 * _router_values(plan.student_spec) + n_with_experts * expert_bytes(plan)
+    """Bytes of what all rungs before quantizing teach: routers and adapters in float32, experts in storage dtype."""
+    return sum(_rung_bytes(plan, rung) for rung in plan.recipe.recover.rungs)
+
+
+def _rung_bytes(plan: Plan, rung: RungChoice) -> int:
+    if rung.scope == "adapters":
+        return training_bytes(scope_of(rung), plan.student_spec).weights
+    routers = 4 * _router_values(plan.student_spec)
+    return routers if rung.scope in ("router", "norms") else routers + expert_bytes(plan)
 
 
 def tunable_bytes(plan: Plan, artifact: str) -> int:

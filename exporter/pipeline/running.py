@@ -137,13 +137,13 @@ def _run(
     end = run_in_process(work, stage.name, None if team is None else team.call(_call(work, stage)), alone=alone)
     seconds = time.monotonic() - start
     if isinstance(end, Death):
-        record = StageRecord(fingerprint, seconds, 0, _crash(stage, plan, work, end))
+        record = StageRecord(fingerprint, seconds, 0, crash=_crash(stage, plan, work, end))
     elif end.error is not None and stage.crash_is_a_finding and end.is_finding:
-        record = StageRecord(fingerprint, seconds, end.peak_rss_bytes, end.error)
+        record = StageRecord(fingerprint, seconds, end.peak_rss_bytes, end.source_bytes, end.error)
     elif end.error is not None:
         raise StageError(end.error, end.exit_code)
     else:
-        record = StageRecord(fingerprint, seconds, end.peak_rss_bytes)
+        record = StageRecord(fingerprint, seconds, end.peak_rss_bytes, end.source_bytes)
     work.finish(stage.name, record)
     return record
 

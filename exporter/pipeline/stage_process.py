@@ -14,17 +14,18 @@ import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 
 from compressors.model.errors import InputError, MoeExportError
+from compressors.model.files.raw_file import bytes_read
 from exporter.planning.plan import Plan
 from exporter.processes.child_process import Child, Death, run_child
 from exporter.processes.progress import Progress, restore_terminal
 from exporter.processes.surroundings import Surroundings
 from exporter.stages.table import ALL_STAGES
 from exporter.work.directory import WorkDirectory
-from exporter.work.input_state import SourceState
+from exporter.work.input_state import WEIGHT_SUFFIXES, SourceState, source_paths
 from exporter.work.stage import StageContext
 from exporter.writing.files import storage_error
 from validate.runtimes.backend import RuntimeCrashError
@@ -39,6 +40,7 @@ class Outcome:
     """The result of a stage."""
 
     peak_rss_bytes: int
+    source_bytes: int = 0  # read of the original's weights
     error: str | None = None
     exit_code: int = 0
     is_finding: bool = False  # an error tells about a runtime, not about this program
@@ -94,13 +96,23 @@ def run_stage(
             error = _run(work, name, group)
     except MoeExportError as refusal:
         error = refusal
-    peak = peak_rss_bytes()
+    measured = Outcome(peak_rss_bytes(), _source_bytes(work))
     outcome = (
-        Outcome(peak)
+        measured
         if error is None
-        else Outcome(peak, str(error), error.exit_code, isinstance(error, RuntimeCrashError))
+        else replace(
+            measured, error=str(error), exit_code=error.exit_code, is_finding=isinstance(error, RuntimeCrashError)
+        )
     )
     answer.send_bytes(json.dumps(asdict(outcome)).encode())
+
+
+def _source_bytes(work: WorkDirectory) -> int:
+    """The bytes that this process has read of the original's weights; 0 if plan or original cannot be read."""
+    try:
+        return bytes_read(path for path in source_paths(work.plan().source) if path.suffix in WEIGHT_SUFFIXES)
+    except (MoeExportError, OSError):
+        return 0
 
 
 def _place(work: WorkDirectory, group: str | None) -> AbstractContextManager[None]:

@@ -104,6 +104,7 @@ def build_report(
         "verdict": {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]},
         "timings": {name: record.seconds for name, record in records.items()},
         "peak_rss_bytes": {name: record.peak_rss_bytes for name, record in records.items()},
+        "source_bytes_read": {name: record.source_bytes for name, record in records.items()},
         "environment": environment(recipe.threads),
     }
 

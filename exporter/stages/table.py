@@ -130,7 +130,7 @@ SCHEDULING = Stage(
 RECOVER = Stage(
     "recover",
     "student.recover",
-    version=3,
+    version=4,
     what="recover what compressing lost",
     reads=_COMPRESSED | _LADDER,
     writes=(RUNG_OVERLAY, RUNG_RESULT, RATE_RESULT, RECOVERY),

@@ -52,6 +52,7 @@ class StageRecord:
     fingerprint: str
     seconds: float
     peak_rss_bytes: int
+    source_bytes: int = 0  # read of the original's weights, as often as they were read
     crash: str | None = None  # how the runtime died, for stages where a crash is a finding
 
 

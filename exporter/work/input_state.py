@@ -21,7 +21,10 @@ from compressors.model.sources.hugging_face.foreign_folder import JSON_FILES, TE
 from exporter.planning.recipe import TextChoice
 from exporter.writing.files import write_atomically
 
-__all__ = ["Change", "FileState", "SourceState", "refuse_changed_texts"]
+__all__ = ["WEIGHT_SUFFIXES", "Change", "FileState", "SourceState", "refuse_changed_texts", "source_paths"]
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+"""The ends of the names of files that hold weights."""
 
 _GGUF_HEADER = 1 << 25  # bytes; no header is longer, as a vocabulary of 250,000 tokens takes some 10 million
 
@@ -63,11 +66,7 @@ class SourceState:
             InputError: the folder or a file in it cannot be read.
         """
         try:
-            if source.is_dir():
-                paths = [path for path in sorted(source.iterdir()) if _may_be_read(path) and path.is_file()]
-            else:
-                paths = split_parts(source)
-            return cls({path.name: FileState.of(path) for path in paths})
+            return cls({path.name: FileState.of(path) for path in source_paths(source)})
         except OSError as error:
             raise InputError(f"{error.filename or source} cannot be read ({error.strerror})") from None
 
@@ -99,6 +98,17 @@ class SourceState:
             if file != now.files[name]:
                 return Change(f"{name} was written or touched, with the same size and header", touched_only=True)
         return None
+
+
+def source_paths(source: Path) -> list[Path]:
+    """The files of a checkpoint's folder that a run may read, or a GGUF file and the other parts of its model.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    if source.is_dir():
+        return [path for path in sorted(source.iterdir()) if _may_be_read(path) and path.is_file()]
+    return list(split_parts(source))
 
 
 def refuse_changed_texts(
@@ -145,7 +155,7 @@ def _is_read_by_name(name: str) -> bool:
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".gguf"))
+    return name.endswith(WEIGHT_SUFFIXES)
 
 
 def _digest(path: Path) -> str:

@@ -97,10 +97,9 @@ def test_gradients_of_experts_equal_autograd_s(
         assert leaf.grad is not None and leaf.grad.norm() > 0
         assert (gradients[key] - leaf.grad).norm() < 1e-4 * leaf.grad.norm(), key
     if not scope.scales:
-        overlay = trained.overlay()
-        name = student.name(Role.EXPERT_UP, 1, 3)
+        taught = student.with_overlay(trained.overlay())
         merged = _stock_tensors(stock, leaves)["model.layers.1.mixer.experts.up_proj"][3]
-        assert torch.allclose(overlay[name].float(), merged, atol=1e-6)
+        assert torch.allclose(taught.expert(Role.EXPERT_UP, 1, 3).float(), merged, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -321,8 +321,9 @@ def text_table(report: Report) -> Table:
 
 
 def stage_table(report: Report) -> Table:
-    """Time and peak memory of every stage, in the order they ran."""
+    """Time, peak memory and bytes read of the original, of every stage in the order they ran."""
     timings, memory = report.get("timings") or {}, report.get("peak_rss_bytes") or {}
+    read = report.get("source_bytes_read") or {}
     longest, largest = max([*timings.values(), 1e-9]), max([*memory.values(), 1])
     rows = []
     for stage in [*timings, *(name for name in memory if name not in timings)]:
@@ -331,9 +332,10 @@ def stage_table(report: Report) -> Table:
         cells = (
             Cell(numbers.duration(seconds), bar=None if seconds is None else seconds / longest),
             Cell(decimal, note="" if decimal == binary else binary, bar=None if peak is None else peak / largest),
+            Cell(numbers.size_parts(read.get(stage))[0]),
         )
         rows.append(Row(stage, cells))
-    return Table(("Stage", "Time", "Peak memory"), tuple(rows))
+    return Table(("Stage", "Time", "Peak memory", "Read of the original"), tuple(rows))
 
 
 def _measured_row(row: Mapping[str, Any], cells: tuple[Cell, ...]) -> Row:

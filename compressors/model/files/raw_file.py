@@ -9,14 +9,26 @@ from __future__ import annotations
 import os
 import stat
 import weakref
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 from compressors.model.errors import InputError
 from compressors.model.files.regular_file import not_regular, refuse_special
 from compressors.model.names import shown
 
-__all__ = ["FileState", "RawFile", "instead_of_a_file"]
+__all__ = ["FileState", "RawFile", "bytes_read", "instead_of_a_file"]
+
+_read: Counter[Path] = Counter()  # bytes that this process has read, by file
+_counting = Lock()
+
+
+def bytes_read(paths: Iterable[Path]) -> int:
+    """The bytes that this process has read of these files, as often as it read them."""
+    with _counting:
+        return sum(_read[path] for path in paths)
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,8 @@ class RawFile:
             if n_read == 0:
                 problem = "the file ends too early"
             target, offset = target[n_read:], offset + n_read
+            with _counting:
+                _read[self.path] += n_read
         if problem is not None:
             raise InputError(
                 f"{self.path}: tensor {shown(name)} cannot be read: {problem}. Was the file changed or cut off while "

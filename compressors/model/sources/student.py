@@ -20,6 +20,7 @@ from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.weight_file import StoredTensors
+from compressors.model.sources.adapters import AdaptedExperts, holds_adapters
 from compressors.model.sources.source import Source
 from compressors.model.sources.weights import Weights, WrittenWeights
 
@@ -187,12 +188,14 @@ class Student:
         try:
             experts = ExpertMap.from_json(json.loads(expert_map.read_text(encoding="utf-8")))
             experts.check_against(source.spec)
-            tensors: Mapping[str, torch.Tensor] = ChainMap(*map(StoredTensors, overlays))  # type: ignore[arg-type]
+            student = cls(source, experts)
+            for path in reversed(overlays):
+                student = student.with_overlay(StoredTensors(path))
         except (OSError, ValueError, KeyError, TypeError, InputError) as error:
             raise InputError(
                 f"the student in {expert_map.parent} cannot be read ({error}); remove the folder"
             ) from None
-        return cls(source, experts, tensors)
+        return student
 
     @property
     def is_original(self) -> bool:
@@ -292,8 +295,14 @@ class Student:
         return self.expert_dtype if role.is_expert else self._weights.dtype_of(role, layer)
 
     def with_overlay(self, overlay: Mapping[str, torch.Tensor]) -> Student:
-        """The same student with these tensors in place of its own."""
-        both = ChainMap(dict(overlay), self.overlay)  # type: ignore[arg-type]  # it writes to the first map only
+        """The same student with these tensors in place of its own, and with adapters on top of them.
+
+        Tensors are read from the overlay, and adapters merged, when they are asked for.
+        """
+        if holds_adapters(overlay):
+            overlay = AdaptedExperts(overlay, self.spec, self.name, self.expert)
+        below = self.overlay.maps if isinstance(self.overlay, ChainMap) else [self.overlay]
+        both = ChainMap(overlay, *below)  # type: ignore[arg-type]  # nothing is written to it
         return Student(self.source, self.experts, both, self._weights)
 
     def as_written(self, weights: WrittenWeights) -> Student:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from compressors.model.errors import InputError
+from compressors.model.files.raw_file import bytes_read
 from compressors.model.files.weight_file import StoredTensors, WeightFile
 
 
@@ -34,6 +35,13 @@ def _written(header: object, path: Path, data: bytes = b"") -> Path:
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
+
+
+def test_what_is_read_is_counted_as_often_as_it_is_read(path: Path) -> None:
+    before, stored = bytes_read([path]), StoredTensors(path)
+    for name in ("matrix", "wide", "matrix"):
+        stored[name]
+    assert bytes_read([path, path.with_name("never read")]) - before == 2 * 6 * 4 * 2 + 3 * 5 * 8
 
 
 def test_values_are_those_that_were_saved(path: Path) -> None:

@@ -110,11 +110,9 @@ def test_what_was_trained_is_written_back(
 
 def test_merged_adapters_compute_what_adapters_compute(pruned_toy: Student, blocks_BT: torch.Tensor) -> None:
     trained = TrainedStudent(pruned_toy, Scope.adapters(4), seed=3)
-    begins = trained.overlay()
+    begins = pruned_toy.with_overlay(trained.overlay())
     for layer in (0, 1):
-        assert torch.equal(
-            begins[pruned_toy.name(Role.EXPERT_UP, layer, 5)], pruned_toy.expert(Role.EXPERT_UP, layer, 5)
-        )
+        assert torch.equal(begins.expert(Role.EXPERT_UP, layer, 5), pruned_toy.expert(Role.EXPERT_UP, layer, 5))
     with_adapters = trained.streamed(None)
     assert torch.equal(_logits(with_adapters, blocks_BT[:2]), _logits(StreamedModel(pruned_toy), blocks_BT[:2]))
     generator = torch.Generator().manual_seed(1)
@@ -125,6 +123,41 @@ def test_merged_adapters_compute_what_adapters_compute(pruned_toy: Student, bloc
     merged = _logits(StreamedModel(pruned_toy.with_overlay(trained.overlay())), blocks_BT[:2])
     assert (merged - changed).norm() < 1e-5 * changed.norm()
     assert (_logits(StreamedModel(pruned_toy), blocks_BT[:2]) - changed).norm() > 1e-2 * changed.norm()
+
+
+def test_adapters_stay_adapters_until_a_matrix_is_read(pruned_toy: Student, tmp_path: Path) -> None:
+    """Those of a second training lie on top of the first's; every matrix is the same bits whoever reads it."""
+    generator = torch.Generator().manual_seed(1)
+    taught = pruned_toy
+    expected = {role: pruned_toy.expert(role, 1, 5) for role in _EXPERT_ROLES}
+    for number in range(2):
+        trained = TrainedStudent(taught, Scope.adapters(2), seed=number)
+        for (name, _), tensor in trained.parameters.items():
+            if name.endswith(".b"):
+                tensor.data.normal_(0, 0.02, generator=generator)
+        tensors = {f"{name}.{layer}": tensor.detach() for (name, layer), tensor in trained.parameters.items()}
+        products = [
+            *(tensors["gate_up.b.1"][5] @ tensors["gate_up.a.1"][5]),
+            *(tensors["down.b.1"][5] @ tensors["down.a.1"][5]),
+        ]
+        for role, product in zip(_EXPERT_ROLES, products, strict=True):
+            expected[role] = (expected[role].float() + product).to(expected[role].dtype)
+        save_file(trained.overlay(), tmp_path / f"{number}.safetensors")
+        taught = taught.with_overlay(StoredTensors(tmp_path / f"{number}.safetensors"))
+    experts = 2 * 16 * 3 * pruned_toy.spec.hidden_size * pruned_toy.spec.expert_width
+    assert (tmp_path / "0.safetensors").stat().st_size < experts * 4 / 20
+    (tmp_path / "map.json").write_text(json.dumps(pruned_toy.experts.to_json()), encoding="utf-8")
+    overlays = [tmp_path / "1.safetensors", tmp_path / "0.safetensors"]  # the last first
+    loaded = Student.load(pruned_toy.source, tmp_path / "map.json", overlays)
+    for role, matrix in expected.items():
+        for student in (taught, loaded):
+            assert torch.equal(student.expert(role, 1, 5), matrix)
+            out = torch.empty_like(matrix)
+            student.read_expert(role, 1, 5, out)
+            assert torch.equal(out, matrix)
+            assert student.dtype(role, 1, 5) == matrix.dtype
+        assert not loaded.stored_types(role, 1, 5)
+    assert not loaded.is_original
 
 
 def test_experts_go_back_to_storage_dtype_and_routers_stay_float32(fine_folder: Path) -> None:

@@ -164,7 +164,7 @@ def _stderr(process: _Process) -> IO[str]:
     return process.stderr
 
 
-_SMALL_FILES = 100_000  # bytes of records, plans and headers
+_SMALL_FILES = 500_000  # bytes of records, plans, headers, and of the tokenizer beside the graph
 _WHAT = {stage.name: stage.what for stage in ALL_STAGES}
 
 

@@ -150,6 +150,7 @@ def sample_report() -> dict[str, Any]:
         "peak_rss_bytes": {"inspect": 310_378_496, "calibrate": 912_261_120, "compress": 801_112_064,
                            "recover": 1_344_274_432, "write gguf": 601_882_624, "write onnx": 688_914_432,
                            "validate": 1_104_674_816},
+        "source_bytes_read": {"calibrate": 42_384_736, "compress": 0, "recover": 254_308_416},
         "environment": {"python": "3.11.2", "torch": "2.13.0", "llama-cpp-python": "0.3.36", "onnxruntime": "1.31.1",
                         "threads": 2, "processor": "x86-64, 2 cores"},
     }  # fmt: skip

@@ -80,7 +80,7 @@ def compressed(
     )
     recipe = plan.recipe.model_dump()
     recipe["text"] |= {"calibration_blocks": 6, "selection_blocks": 1, "heldout_chunks_per_file": 1}
-    plan = replace(plan, recipe=Recipe.model_validate(recipe), recover_seconds=0)
+    plan = replace(plan, recipe=Recipe.model_validate(recipe), recover_seconds=0, may_train=True)
     climbed = _Climbed(plan, tmp_path_factory.mktemp("recover"))
     for stage in (CALIBRATE, COMPRESS):
         climbed.run(stage)
