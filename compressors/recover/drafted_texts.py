@@ -96,7 +96,8 @@ def write_texts(
     The texts do not depend on the drafts; without drafts a pass gives one token of each text.
 
     Args:
-        model: the model that writes. Its memory limit must have room for :func:`cache_bytes`.
+        model: the model that writes. Its memory limit must have room for the keys and values
+            (:func:`~compressors.recover.sampling.cache_bytes`).
         prompts_BP: int64 token ids.
         n_new: N.
         choose: picks the next tokens. It must depend on nothing but its arguments.

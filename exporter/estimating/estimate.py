@@ -48,6 +48,9 @@ _WEIGHTS_FORWARDS = 1  # one more for the gradient with respect to experts
 
 _CHOOSING_CODES = 3  # times as long as the kernels take, second moments included
 
+_TEXT_PASSES = 16
+"""Passes over the original for its texts if a file in 4 bits drafts them (benchmarks/results/texts.md)."""
+
 _PARTS: Mapping[str, Collection[str]] = {
     "calibration": ("calibrate", "compress"),
     "search": ("sensitivity", "search"),
@@ -149,9 +152,12 @@ class _Passes:
         return max(self.computing(spec, n_blocks, n_reference), reading)
 
     def writing(self, spec: ModelSpec, n_texts: int) -> float:
-        """Seconds to write the texts of the generation gate: each new token of all texts reads the model once."""
-        n_blocks = n_texts * (PROMPT_TOKENS + NEW_TOKENS) // BLOCK_LENGTH
-        reading = 0.0 if self._stays_cached else NEW_TOKENS * self.reading(spec)
+        """Seconds to write the texts of the generation gate, which a file drafts: each pass reads the model once.
+
+        A drafted position costs about as much as one of the text; half of them are thrown away.
+        """
+        n_blocks = 2 * n_texts * (PROMPT_TOKENS + NEW_TOKENS) // BLOCK_LENGTH
+        reading = 0.0 if self._stays_cached else _TEXT_PASSES * self.reading(spec)
         return max(self.computing(spec, 0, n_blocks), reading)
 
     def export(self, spec: ModelSpec, weight_type: str, n_bytes: int, slower: float = 1.0) -> float:

@@ -15,7 +15,16 @@ from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.sources.student import ExpertMap
 from exporter.estimating.budget import expert_bits
 from exporter.estimating.planned_types import planned_block_length, same_numbers
-from exporter.file_names import EVALUATION, GENERATION, LAST_WORDS, MEASUREMENT, RECOVERY, ROUTING, SUMMARY
+from exporter.file_names import (
+    EVALUATION,
+    GENERATION,
+    LAST_WORDS,
+    MEASUREMENT,
+    RECOVERY,
+    ROUTING,
+    SUMMARY,
+    TEXT_EFFORT,
+)
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
 from exporter.publishing.against_original import against_original, with_choices
@@ -100,6 +109,7 @@ def build_report(
             [planned_block_length(recipe, artifact, student_spec) for artifact in recipe.artifacts],
         ),
         "validation": validation,
+        "original_texts": _text_effort(work),
         "load": rows.load(),
         "verdict": {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]},
         "timings": {name: record.seconds for name, record in records.items()},
@@ -281,6 +291,12 @@ def _generation(figures: dict[str, Any]) -> dict[str, Any]:
     """The texts' figures; the greedy rates stand under an older name too."""
     rates = {name: figures["greedy"][name] for name in ("loop_rate", "end_of_text_rate")}
     return {"generation": figures, "repetition": {"prompts": figures["prompts"], **rates}}
+
+
+def _text_effort(work: WorkDirectory) -> dict[str, Any]:
+    """The passes over the original that its texts took, and how often drafts were right."""
+    effort: dict[str, Any] = json.loads(work.path("teacher_texts", TEXT_EFFORT).read_text(encoding="utf-8"))
+    return effort | {"acceptance_rate": effort["accepted"] / effort["drafted"] if effort["drafted"] else None}
 
 
 def _loops_allowed(original: Mapping[str, Any]) -> float:

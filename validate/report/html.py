@@ -97,6 +97,7 @@ def _view(report: Report) -> dict[str, Any]:
         "trained": use.trained_sentence(report),
         "last_words_table": use.last_words_table(report),
         "generation_table": use.generation_table(report),
+        "original_texts": use.original_texts(report),
         "check_table": tables.check_table(report),
         "command": report.get("command"),
         "recipe": yaml.safe_dump(dict(report.get("recipe") or {}), sort_keys=False, allow_unicode=True),

@@ -9,7 +9,7 @@ from validate.report import facts, numbers
 from validate.report.facts import Report, find
 from validate.report.tables import Cell, Row, Table
 
-__all__ = ["generation_table", "last_words_table", "sentences", "trained_sentence", "use_table"]
+__all__ = ["generation_table", "last_words_table", "original_texts", "sentences", "trained_sentence", "use_table"]
 
 _WAYS = {"greedy": "the most probable token each time", "sampled": "drawn at temperature 1"}
 _SPEED_UNKNOWN = "the original was not run in this runtime"
@@ -80,6 +80,19 @@ def generation_table(report: Report) -> Table:
             rows.append(Row(f"{facts.row_name(row)}, {way}", cells, row["artifact"], note=note))
     headings = ("Model", "Loops", "End of text", "Longest repeat, mean", "Longest of all")
     return Table(headings, tuple(rows))
+
+
+def original_texts(report: Report) -> str:
+    """Says how often the original was read for its texts; empty if the report does not know."""
+    effort = report.get("original_texts")
+    if not effort:
+        return ""
+    said = f"The original was read {numbers.count(effort['passes'])} times for its texts"
+    if effort["drafted"]:
+        drafts = f"{facts.artifact_name(effort['drafted_by'])} drafted {numbers.count(effort['drafted'])} tokens"
+        said += f": {drafts}, of which {numbers.percent(effort['acceptance_rate'])} were the original's"
+    ended = effort["drafting_ended"]
+    return f"{said}." if ended is None else f"{said}. Drafting ended early: {ended}."
 
 
 def sentences(report: Report) -> list[str]:

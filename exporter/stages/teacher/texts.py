@@ -25,7 +25,7 @@ from exporter.work.stage import StageContext
 from validate.metrics.generation import NEW_TOKENS, GeneratedTexts, generation_figures, prompts_of
 from validate.runtimes.drafts import Drafter, Wish
 
-__all__ = ["drafts_of", "streamed_texts", "teacher_texts"]
+__all__ = ["chosen_tokens", "drafts_of", "streamed_texts", "teacher_texts"]
 
 
 def teacher_texts(context: StageContext) -> None:
@@ -102,7 +102,7 @@ def streamed_texts(
         def choose(
             logits_nV: torch.Tensor, texts: Sequence[int], places: Sequence[int], first: int = first
         ) -> torch.Tensor:
-            return _chosen(logits_nV, [_drawn_by(first + text, n_prompts) for text in texts], places)
+            return chosen_tokens(logits_nV, [first + text for text in texts], places, n_prompts)
 
         def draft_part(
             texts: Sequence[int], tokens: Sequence[Sequence[int]], most: Sequence[int], first: int = first
@@ -118,15 +118,16 @@ def streamed_texts(
     return GeneratedTexts(new_BN[:n_prompts], new_BN[n_prompts:]), Effort.of_all(efforts)
 
 
-def _drawn_by(text: int, n_prompts: int) -> int | None:
-    """The prompt whose random numbers draw a text's tokens; None for a greedy text."""
-    return text - n_prompts if text >= n_prompts else None
-
-
-def _chosen(logits_nV: torch.Tensor, drawn_by: Sequence[int | None], places: Sequence[int]) -> torch.Tensor:
-    """The next tokens: drawn by a prompt's random numbers, or the most probable ones."""
+def chosen_tokens(logits_nV: torch.Tensor, texts: Sequence[int], places: Sequence[int], n_prompts: int) -> torch.Tensor:
+    """The next tokens of texts, which have the numbers of :func:`drafts_of`, at their places: int64 [n]."""
     tokens_n = logits_nV.argmax(-1)
-    for row, (prompt, place) in enumerate(zip(drawn_by, places, strict=True)):
+    for row, (text, place) in enumerate(zip(texts, places, strict=True)):
+        prompt = _drawn_by(text, n_prompts)
         if prompt is not None:
             tokens_n[row] = drawn_token(logits_nV[row].numpy(), (prompt, place))
     return tokens_n
+
+
+def _drawn_by(text: int, n_prompts: int) -> int | None:
+    """The prompt whose random numbers draw a text's tokens; None for a greedy text."""
+    return text - n_prompts if text >= n_prompts else None

@@ -470,6 +470,22 @@ def terminal(report: dict[str, Any]) -> str:
     return console.file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("drafted", "ended", "sentence"),
+    [
+        (2000, None, "was read 14 times for its texts: GGUF drafted 2,000 tokens, of which 75"),
+        (0, "it died", "was read 14 times for its texts. Drafting ended early: it died."),
+    ],
+)
+def test_the_page_says_how_often_the_original_was_read_for_its_texts(
+    report: dict[str, Any], drafted: int, ended: str | None, sentence: str
+) -> None:
+    effort = {"passes": 14, "drafted": drafted, "accepted": 3 * drafted // 4, "drafted_by": "gguf"}
+    rate = 0.75 if drafted else None
+    report["original_texts"] = effort | {"acceptance_rate": rate, "drafting_ended": ended}
+    assert sentence in "".join(Page(render_html(report)).text)
+
+
 def test_page_parses_and_has_every_section_in_order(variant: dict[str, Any]) -> None:
     assert tuple(Page(render_html(variant)).headings) == _SECTIONS
 
