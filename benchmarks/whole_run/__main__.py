@@ -58,9 +58,7 @@ def main(
     texts = write_texts(source, folder, blocks, chunks)
     read_into_page_cache(source)
     their_folder = _emptied(folder / "theirs")
-    theirs, figures = run_tools(llama_cpp, source, texts, their_folder, quant, threads)
-    for part in theirs:
-        _show(part)
+    theirs, figures = run_tools(llama_cpp, source, texts, their_folder, quant, threads, _show)
     shutil.rmtree(their_folder)
     read_into_page_cache(source)
     ours, our_figures = run_ours(source, texts, _emptied(folder / "ours"), quant, memory, threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,13 @@ _NUMBER = r"(-?[\d.]+)"
 
 
 def run_tools(
-    tools: Tools, source: Path, texts: Texts, folder: Path, quant: str, threads: int
+    tools: Tools,
+    source: Path,
+    texts: Texts,
+    folder: Path,
+    quant: str,
+    threads: int,
+    announce: Callable[[Part], None],
 ) -> tuple[list[Part], Figures]:
     """Runs the tools one after the other: the cost of each, and the last one's figures.
 
@@ -29,6 +36,7 @@ def run_tools(
         folder: for their files, an empty folder.
         quant: a mix of llama-quantize.
         threads: of each tool.
+        announce: is told the cost of each tool as soon as it has ended.
     """
     original, written, matrix = folder / "original.gguf", folder / "written.gguf", folder / "imatrix.gguf"
     logits = folder / "original.kld"
@@ -57,6 +65,7 @@ def run_tools(
         if waits:
             cost = replace(cost, seconds=cost.seconds - PATIENCE_SECONDS)
         parts.append(Part(name, cost.seconds, cost.peak_process, cost=cost, peak_disk=watched.peak_disk))
+        announce(parts[-1])
     return parts, _figures(printed, written.stat().st_size)
 
 
