@@ -64,7 +64,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         ),
         "routing": n_routings * n_heldout * BLOCK_LENGTH * spec.n_layers * (spec.top_k * 8 + 4),
         "router inputs": (1 if same_numbers(plan) else len(plan.recipe.artifacts)) * _router_input_bytes(plan),
-        "statistics": spec.n_layers * _statistics_bytes(spec) + _own_statistics_bytes(plan),
+        "statistics": len(spec.blocks) * _statistics_bytes(spec) + _own_statistics_bytes(plan),
         "sensitivities": _sensitivity_bytes(spec) if plan.search is not None or plan.recipe.chooses_codes else 0,
         "what the search looks at": _search_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
