@@ -246,32 +246,28 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-_PAGE = [
-    "# The original's texts, drafted by a file",
-    "",
-    "48 texts of 64 tokens after 24 prompts, greedy and drawn, as the generation gate has them; texts leave the batch when",
-    "they are complete. Passes: times that the original is read, where one for each token makes 64. Different texts: those",
-    "that are not the texts of one pass for each token, written with the cache of other texts. Different logits: places",
-    "whose logits are not the same bits as without drafts. Least gap: between the two largest logits of any place in a",
-    "greedy text. Seconds of one processor, drafting not included. Written by `python -m benchmarks.texts`.",
-    "",
-    "| model | draft | passes | greedy alone | drafted | accepted | different texts | different logits | least gap | seconds |",
-    "|---|---|---|---|---|---|---|---|---|---|",
-]
+_PAGE = """# The original's texts, drafted by a file
 
-_SHAPE_PAGE = [
-    "",
-    "## Time at real shape",
-    "",
-    "Layers of Qwen3-30B-A3B's shape with random weights. A draft of random weights is hardly ever right, so the tokens are",
-    "prescribed, and drafts of them are right as often as those of `fine` in Q4_K: the products and the bytes read are those",
-    "of a real run. With the real draft of such weights, a pass gives little more than one token. Drafting itself is not",
-    "included: it is decoding in llama.cpp, as much as the gate's own texts and the rejected tokens. The machine was shared",
-    "with other work: only the ratio means something.",
-    "",
-    "| drafts | passes | drafted | accepted | seconds | times faster |",
-    "|---|---|---|---|---|---|",
-]
+48 texts of 64 tokens after 24 prompts, greedy and drawn, as the generation gate has them; texts leave the batch when
+they are complete. Passes: times that the original is read, where one for each token makes 64. Different texts: those
+that are not the texts of one pass for each token, written with the cache of other texts. Different logits: places
+whose logits are not the same bits as without drafts. Least gap: between the two largest logits of any place in a
+greedy text. Seconds of one processor, drafting not included. Written by `python -m benchmarks.texts`.
+
+| model | draft | passes | greedy alone | drafted | accepted | different texts | different logits | least gap | s |
+|---|---|---|---|---|---|---|---|---|---|""".splitlines()
+
+_SHAPE_PAGE = """
+## Time at real shape
+
+Layers of Qwen3-30B-A3B's shape with random weights. A draft of random weights is hardly ever right, so the tokens are
+prescribed, and drafts of them are right as often as those of `fine` in Q4_K: the products and the bytes read are those
+of a real run. With the real draft of such weights, a pass gives little more than one token. Drafting itself is not
+included: it is decoding in llama.cpp, as much as the gate's own texts and the rejected tokens. The machine was shared
+with other work: only the ratio means something.
+
+| drafts | passes | drafted | accepted | seconds | times faster |
+|---|---|---|---|---|---|""".splitlines()
 
 
 @click.command()

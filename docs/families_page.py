@@ -19,11 +19,13 @@ from compressors.model.config.settings import Settings
 from compressors.model.description.family import Family
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.mixers import NoMixer
+from compressors.model.description.mtp import MTP_PART
 from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.families.refused import REASONS
 from exporter.capabilities.rules import Container, Feature
 from exporter.capabilities.table import TABLE, refusal
+from exporter.inspection import mtp_sentence
 from exporter.planning.possible_steps import STEPS, refusals
 
 __all__ = ["families_page"]
@@ -89,6 +91,8 @@ def _family_section(module: ModuleType) -> Iterator[str]:
         else f"`{dense.family.model_type}`; in llama.cpp `{dense.family.gguf.architecture}`",
     )
     yield _row("read past", "; ".join(part.name for part in family.skipped) or "nothing")
+    if any(part.name == MTP_PART for part in family.skipped):
+        yield _row("the layer for MTP", mtp_sentence(family))
     yield from _steps_table(spec)
     refused = list(_refused_variants(spec))
     if refused:

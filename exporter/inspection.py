@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
+from compressors.model.description.family import Family
 from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.mtp import MTP_PART
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.gguf.kv_types import bytes_per_value
 from compressors.model.sources.opening import open_source
@@ -20,7 +22,7 @@ from exporter.estimating.sizes import format_size
 from exporter.planning.flags import Flags
 from exporter.planning.possible_steps import STEPS, refusals
 
-__all__ = ["describe", "description_table", "parts_read_past"]
+__all__ = ["describe", "description_table", "mtp_sentence", "parts_read_past"]
 
 _FLOAT32 = 4  # bytes of a cached value in ONNX Runtime
 
@@ -73,9 +75,20 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def parts_read_past(checkpoint: Source) -> Iterator[str]:
-    """Yields the parts of a checkpoint that the family's rules read past, each with its number of tensors."""
+    """Yields the parts of a checkpoint that the family's rules read past, each with its number of tensors.
+
+    Of layers for MTP it also says how they can be kept, or why they cannot.
+    """
     for part, n_tensors in checkpoint.parts_read_past.items():
-        yield f"{part} ({n_tensors} tensors)"
+        keeping = f": {mtp_sentence(checkpoint.family)}" if part == MTP_PART else ""
+        yield f"{part} ({n_tensors} tensors){keeping}"
+
+
+def mtp_sentence(family: Family) -> str:
+    """Says whether a family's layer for MTP can be kept."""
+    if family.mtp is not None:
+        return "kept in GGUF files with `--keep-mtp`, for llama.cpp's drafts"
+    return f"cannot be kept, because {family.why_no_mtp}" if family.why_no_mtp else "no checkpoint has one"
 
 
 def _attention(spec: ModelSpec) -> dict[str, int] | None:

@@ -54,6 +54,12 @@ def _rope(spec: ModelSpec) -> str | None:
     return None
 
 
+def _mtp(spec: ModelSpec) -> str | None:
+    if spec.mtp is None or spec.family.mtp is not None:
+        return None
+    return f"{spec.family.why_no_mtp or 'llama.cpp has no such graph'}: leave --keep-mtp out"
+
+
 RULES = (
     Rule(
         Container.GGUF,
@@ -62,6 +68,7 @@ RULES = (
         _different_layers,
     ),
     Rule(Container.GGUF, Feature.GRAPH, "what llama.cpp's graph of the family computes, see below", _graph),
+    Rule(Container.GGUF, Feature.MTP, "with `--keep-mtp`, where llama.cpp's graph of the family runs it", _mtp),
     Rule(Container.GGUF, Feature.SIZE, f"at most {_MOST_EXPERTS} experts and {_MOST_LAYERS} layers", _size),
     Rule(Container.GGUF, Feature.ROPE, "the scalings that llama.cpp's graph of the family computes, see below", _rope),
 )

@@ -96,6 +96,7 @@ def _listed(names: Collection[str]) -> str:
 RULES = (
     Rule(Container.ONNX, Feature.MIXERS, _listed(_MIXERS), _mixers),
     Rule(Container.ONNX, Feature.HEADS, f"a multiple of {_HEAD_MULTIPLE} values", _heads),
+    Rule(Container.ONNX, Feature.MTP, "left out: ONNX Runtime does not draft with it", lambda _spec: None),
     Rule(
         Container.ONNX,
         Feature.EXPERT_FUNCTION,

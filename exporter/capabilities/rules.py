@@ -42,6 +42,7 @@ class Feature(StrEnum):
     DIFFERENT_LAYERS = "layers with different experts, or without any"
     SIZE = "numbers of experts and layers"
     SCALARS = "factors of embeddings, logits and what layers add"
+    MTP = "a layer that predicts further tokens (MTP)"
     GRAPH = "the computation as a whole"
 
 

@@ -30,5 +30,6 @@ RULES = (
         "one number of experts and one width for all layers that have experts, and no layer without a feed-forward",
         _different_layers,
     ),
+    Rule(Container.STUDENT, Feature.MTP, "with `--keep-mtp`; transformers ignores it", lambda _spec: None),
     Rule(Container.STUDENT, Feature.GRAPH, "what transformers' class of the family can have", _class),
 )

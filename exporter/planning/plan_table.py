@@ -27,6 +27,11 @@ _OPEN = (
     "decides anew on types, experts and width"
 )
 
+_MTP = (
+    "the layer that predicts further tokens is kept in GGUF file and saved student, with experts chosen by its own "
+    "statistics; recovery does not train it, and no figure of the report depends on it"
+)
+
 
 def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     """Choices above, bytes of the artifacts below, and of the run itself at the end."""
@@ -38,6 +43,8 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     )
     choices.add_row("budget", f"{format_size(budget.bytes)} of {counted}")
     choices.add_row("keeps", described_compression(recipe.compress, teacher))
+    if teacher.mtp is not None:
+        choices.add_row("MTP", _MTP)
     if plan.search is not None:
         choices.add_row("types", _OPEN)
     for number, line in enumerate(_recovery(plan)):

@@ -97,7 +97,7 @@ def _seen(
 
 def _describe(file: ModelFile, stored: StoredReference, published: _Published | None) -> dict[str, Any]:
     """Runs in the guarded process, for :func:`_seen`."""
-    reference = stored.open()
+    reference = stored.open(file)
     findings = describe_file(file, reference, _expectation(file, reference, published))
     if findings is None:
         return {"checks": [], "symptoms": []}
@@ -119,6 +119,6 @@ def _validate(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Runs in the guarded process: validates the file."""
     torch.set_num_threads(how.threads)
-    reference = stored.open()
+    reference = stored.open(file)
     row, checks = validate_file(file, reference, _expectation(file, reference, published), how, require)
     return row, [asdict(check) for check in checks]

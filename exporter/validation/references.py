@@ -13,7 +13,7 @@ import torch
 
 from compressors.calibration.splits import TextTokenizer, TokenBlocks, block_length_of, tokenize_heldout
 from compressors.calibration.teacher import write_log_probs
-from compressors.model.errors import InputError
+from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
@@ -66,14 +66,17 @@ class StoredReference:
     file: ModelFile | None = None  # somebody else's
     seconds_per_chunk: float = 0.0  # 0 if it is not known
 
-    def open(self) -> Reference:
+    def open(self, file: ModelFile) -> Reference:
         """Opens the reference. It may open another program's file for its vocabulary: use a guarded process.
+
+        Args:
+            file: the file that will be compared; where it has a layer for MTP, so has the original, if it can.
 
         Raises:
             InputError: a file was changed or removed meanwhile.
         """
         log_probs = LogitsFile(self.logits)
-        source = None if self.source is None else open_source(self.source)
+        source = None if self.source is None else _opened(self.source, has_mtp=file.facts.n_mtp > 0)
         vocabulary: Vocabulary | None = None
         if source is not None:
             vocabulary = TokenizerVocabulary(source.tokenizer_folder)
@@ -90,6 +93,15 @@ class StoredReference:
             vocabulary=vocabulary,
             source=source,
         )
+
+
+def _opened(path: Path, *, has_mtp: bool) -> Source:
+    try:
+        return open_source(path, keeps_mtp=has_mtp)
+    except UnsupportedError:
+        if not has_mtp:
+            raise
+        return open_source(path)
 
 
 def against_checkpoint(

@@ -66,14 +66,15 @@ def expected_spec(file: ModelFile, source: ModelSpec) -> ModelSpec | None:
     gguf = GgufFile(file.path) if file.format == "gguf" else None
     if gguf is not None and "split.count" not in gguf.metadata:  # by its tensors: its metadata may be wrong
         layers = [int(name.split(".")[1]) for name in gguf.tensors if re.match(r"blk\.\d+\.", name)]
-        n_layers = max(layers, default=-1) + 1
+        n_layers = max(layers, default=-1) + 1 - facts.n_mtp
         n_experts = max((_experts_in(gguf, source, layer) for layer in range(n_layers)), default=0)
     if not n_experts or not n_layers:
         return None
     if (n_experts, n_layers) == (source.n_experts, source.n_layers):
         return source
     like = [min(layer, source.n_layers - 1) for layer in range(n_layers)]  # the file may have more layers
-    return source.with_sizes([MoeSize(n_experts, source.expert_width)] * n_layers, like)
+    size = MoeSize(n_experts, source.expert_width)
+    return source.with_sizes([size] * n_layers, like, size)
 
 
 def _experts_in(gguf: GgufFile, source: ModelSpec, layer: int) -> int:

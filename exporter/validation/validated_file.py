@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,14 @@ class Expectation:
     @classmethod
     def of_report(cls, out: Path, report: Mapping[str, Any], reference: Reference) -> Expectation:
         """The expectation for a file that one of our runs published."""
-        experts = ExpertMap.from_json(report["student"]["expert_map"])
+        experts, keeps_mtp = ExpertMap.from_json(report["student"]["expert_map"]), False
+        if reference.source is not None:  # of which only a file with a layer for MTP has one
+            keeps_mtp = experts.mtp is not None and reference.source.spec.mtp is not None
+            experts = experts if keeps_mtp else replace(experts, mtp=None)
         is_edited = report["recipe"]["compress"]["edit"] != "none" or any(map(_is_changed, experts.layers))
         saved = STUDENT_FOLDER.within(out)
         if saved.is_dir() and not report["student"]["dense"]:
-            original: Student | None = Student.teacher(open_source(saved))
+            original: Student | None = Student.teacher(open_source(saved, keeps_mtp=keeps_mtp))
         elif reference.source is not None and not is_edited:
             original = Student(reference.source, experts)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,18 @@ from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
+from compressors.shrink.layerwise import LayerwiseCompression
+from exporter.inspection import describe
+from exporter.planning.compression import layer_targets
+from exporter.planning.recipe import CompressChoice, SourceChoice
+from exporter.writing.gguf.memory import predict_runtime_bytes
+from exporter.writing.gguf.type_table import plan_gguf_units
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
 from tests.families.checkpoints import add_mtp, write_inside_of_more, write_model
 from tests.families.rows import ROWS
 from tests.llama_mtp import mtp_logits
+from validate.files.file_facts import gguf_facts
 from validate.files.weight_comparison import compare_weights
 from validate.runtimes.backend import ChunkOutput
 from validate.runtimes.llama_cpp import LlamaCppBackend
@@ -106,10 +114,86 @@ def test_a_file_holds_what_the_checkpoint_does(checkpoint: Path, tmp_path: Path)
     assert file.metadata[f"{architecture}.block_count"] == index + 1
     assert file.metadata[f"{architecture}.nextn_predict_layers"] == 1
     assert file.tensors[f"blk.{index}.ffn_down_exps.weight"].shape[0] == len(_KEPT)
+    facts = gguf_facts(tmp_path / "x.gguf")
+    assert (facts.n_layers, facts.n_mtp) == (index, 1)
     weights = GgufWeights(tmp_path / "x.gguf", student.spec)
     comparison = compare_weights(student, student.as_written(weights), weights.stored_type)
     assert comparison.damage == () and set(comparison.errors.values()) == {0.0}
     assert Role.MTP_PROJECTION in {unit.role for unit in comparison.errors}
+
+
+def test_its_matrices_have_the_types_of_the_last_layer_like_it(checkpoint: Path) -> None:
+    """A search weighs no error of theirs, and yet counts their bytes."""
+    spec = Checkpoint(checkpoint, keeps_mtp=True).spec
+    last, index = spec.n_layers - 1, spec.n_layers
+    units = {name: unit for unit in plan_gguf_units(spec) for name in unit.tensors}
+    down = units[f"blk.{last}.ffn_down_exps.weight"]
+    assert down.tensors == (f"blk.{last}.ffn_down_exps.weight", f"blk.{index}.ffn_down_exps.weight")
+    assert down.matrices == ((Role.EXPERT_DOWN, last),)
+    alone = {name: unit for unit in plan_gguf_units(replace(spec, mtp=None)) for name in unit.tensors}
+    whole = {candidate.choice: candidate.n_bytes for candidate in down.candidates}
+    half = alone[f"blk.{last}.ffn_down_exps.weight"].candidates
+    assert whole == {candidate.choice: 2 * candidate.n_bytes for candidate in half}
+    assert f"blk.{index}.nextn.eh_proj.weight" not in units
+    assert {unit.name for unit in units.values()} == {unit.name for unit in alone.values()}
+
+
+def test_its_memory_is_counted(checkpoint: Path) -> None:
+    """llama.cpp drafts in a context of its own, with a cache of one layer."""
+    spec = Checkpoint(checkpoint, keeps_mtp=True).spec
+    assert spec.mtp is not None
+    found = predict_runtime_bytes(spec, 1000, 512, "f16")
+    without = predict_runtime_bytes(replace(spec, mtp=None), 1000, 512, "f16")
+    assert found["kv_cache"] - without["kv_cache"] == 2 * 512 * spec.mtp.mixer.cached_values
+    assert found["compute"] - without["compute"] > 4 * spec.vocab_size
+
+
+def test_inspect_says_that_it_can_be_kept(checkpoint: Path) -> None:
+    (part, *_) = describe(checkpoint)["parts_read_past"]
+    assert part.startswith("layers for predicting several tokens at once (MTP) (")
+    assert part.endswith("kept in GGUF files with `--keep-mtp`, for llama.cpp's drafts")
+
+
+def test_a_recipe_says_it_only_if_it_is_kept() -> None:
+    kept = SourceChoice(model="x", keep_mtp=True)
+    assert kept.model_dump() == {"model": "x", "identity": None, "keep_mtp": True}
+    assert SourceChoice.model_validate(kept.model_dump()) == kept
+    assert SourceChoice(model="x").model_dump() == {"model": "x", "identity": None}
+
+
+def test_a_map_keeps_its_experts(checkpoint: Path) -> None:
+    source = Checkpoint(checkpoint, keeps_mtp=True)
+    experts = _pruned(source).experts
+    again = ExpertMap.from_json(experts.to_json())
+    again.check_against(source.spec)
+    assert again == experts and again.mtp is not None and again.mtp.kept == (1, 2, 3, 4, 5, 7)
+    with pytest.raises(ValueError, match="MTP"):
+        again.check_against(Checkpoint(checkpoint).spec)
+
+
+def test_methods_choose_its_experts_by_its_own_states(checkpoint: Path, tokens: torch.Tensor) -> None:
+    """With states, statistics and sequentially, it is the last layer; merged experts are written into the overlay."""
+    source = Checkpoint(checkpoint, keeps_mtp=True)
+    model = StreamedModel(Student.teacher(source))
+    collector, n_blocks = StatisticsCollector(source.spec), len(source.spec.blocks)
+    groups = [TokenGroup(tokens, [collector.observe])]
+    statistics = [
+        collector.take(index) for index in advance_with_mtp(model, groups, model.first_states(groups), range(n_blocks))
+    ]
+    for method, sequential in (("reap", False), ("ream", True)):
+        choice = CompressChoice(method=method, experts=6, sequential=sequential)
+        targets = layer_targets(choice, source.spec, statistics, lambda: model, tokens)
+        layers = list(
+            LayerwiseCompression(source, targets, statistics, tokens, n_sample_blocks=1, sequential=sequential).run()
+        )
+        *_, last = layers
+        assert last.map.source == source.spec.n_layers and len(last.map.groups) == 6
+        if method == "reap":
+            scores = statistics[-1].reap_scores()
+            dropped = [expert for expert in range(8) if expert not in last.map.kept]
+            assert scores[list(last.map.kept)].min() >= scores[dropped].max() and not last.overlay
+        else:
+            assert any("mtp" in name or f".layers.{source.spec.n_layers}." in name for name in last.overlay)
 
 
 def test_a_saved_student_has_it_and_is_read_again(checkpoint: Path, tmp_path: Path) -> None:

@@ -29,12 +29,13 @@ class FileFacts:
     """The facts that a file gives; None where it gives none."""
 
     bits_per_weight: float  # of the experts, or of all matrices if there are none
-    n_layers: int | None
+    n_layers: int | None  # decoder layers
     n_experts: int | None  # in the layer with the most; None for a dense model, and for experts as plain matrices
     top_k: int | None
     rope_base: float | None
     rms_norm_eps: float | None
     vocab_size: int | None  # with padding
+    n_mtp: int = 0  # layers behind the decoder layers, which predict further tokens
 
 
 def gguf_facts(path: Path) -> FileFacts:
@@ -55,11 +56,12 @@ def gguf_facts(path: Path) -> FileFacts:
         value = number(key)
         return value if type(value) is int else None
 
-    n_experts = count("expert_count")
+    n_experts, n_layers, n_mtp = count("expert_count"), count("block_count"), count("nextn_predict_layers") or 0
     experts = [entry for entry in matrices if len(entry.shape) == 3 and entry.shape[0] == n_experts]
     return FileFacts(
         bits_per_weight=_bits_per_weight(experts or matrices),
-        n_layers=count("block_count"),
+        n_layers=None if n_layers is None else max(0, n_layers - n_mtp),
+        n_mtp=n_mtp,
         n_experts=n_experts or None,
         top_k=count("expert_used_count") or None,
         rope_base=number("rope.freq_base") or _LLAMA_CPP_ROPE_BASE,

@@ -23,10 +23,11 @@ _NEW_TOKENS = 64
 
 
 def llama_cpp_command(report: Report, path: Path) -> str:
-    """The ``llama-cli`` line with the context and cache types that the budget was counted for."""
+    """The ``llama-cli`` line with the context and cache types that the budget was counted for, and drafts by MTP."""
     cache = str(report["budget"]["kv_type"])
     cache_flags = "" if cache == "f16" else f" -ctk {cache} -ctv {cache}"
-    return f'llama-cli -m {shlex.quote(str(path))} -c {report["budget"]["context"]}{cache_flags} -p "{_PROMPT}"'
+    drafts = " --spec-type draft-mtp" if find(report, "recipe", "source", "keep_mtp") else ""
+    return f'llama-cli -m {shlex.quote(str(path))} -c {report["budget"]["context"]}{cache_flags}{drafts} -p "{_PROMPT}"'
 
 
 def llama_cpp_python_command(report: Report, path: Path) -> str:

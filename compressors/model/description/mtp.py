@@ -12,7 +12,10 @@ from collections.abc import Mapping
 
 from compressors.model.description.roles import Role
 
-__all__ = ["MTP_MODULES"]
+__all__ = ["MTP_MODULES", "MTP_PART"]
+
+MTP_PART = "layers for predicting several tokens at once (MTP)"
+"""The name of the part of a checkpoint, for ``inspect`` and the plan."""
 
 MTP_MODULES: Mapping[Role, str] = {
     Role.MTP_PROJECTION: "mtp_projection",

@@ -11,6 +11,7 @@ from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue, SkippedPart
 from compressors.model.description.feed_forward import Routed, Shared
+from compressors.model.description.mtp import MTP_PART
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.model.families.shared import expert_layers, from_gguf, llama_cpp, parts, written_config
@@ -39,7 +40,7 @@ _EXPERTS = (
     parts.selection_bias_tensor(f"mlp.{_BIAS}", f"mlp.gate.{_BIAS}", ("1", "E")),
     *parts.expert_tensors(),
 )
-_MTP = SkippedPart(r"model\.mtp_.*", "layers for predicting several tokens at once (MTP)")
+_MTP = SkippedPart(r"model\.mtp_.*", MTP_PART)
 _NORMALIZED_FROM = 2**-14
 """llama.cpp divides weights by their sum, or by this if the sum is smaller (``build_moe_ffn``)."""
 

@@ -13,6 +13,7 @@ from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue, SkippedPart
 from compressors.model.description.mixers import QkNorm
+from compressors.model.description.mtp import MTP_PART
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.families.shared import expert_layers, from_gguf, llama_cpp, parts, windowed, written_config
@@ -121,6 +122,6 @@ FAMILY = Family(
     edited=_edited,
     settings=_settings,
     gguf=GgufFamily("exaone-moe", _keys, _refusal, takes_rope_factors=True, absent=_absent_keys, settings=_from_gguf),
-    skipped=(SkippedPart(r"mtp\..*", "layers for predicting several tokens at once (MTP)"),),
+    skipped=(SkippedPart(r"mtp\..*", MTP_PART),),
     why_no_mtp="llama.cpp's exaone-moe graph loads a layer for MTP and never runs it",
 )

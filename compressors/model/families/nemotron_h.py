@@ -18,6 +18,7 @@ from compressors.model.description.family import ConfigValues, Family, GgufFamil
 from compressors.model.description.feed_forward import Dense, LostModule, Routed, Shared
 from compressors.model.description.glu import Activation, Glu
 from compressors.model.description.mixers import GroupedQuery, Mamba2, NoMixer
+from compressors.model.description.mtp import MTP_PART
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
@@ -354,6 +355,6 @@ FAMILY = Family(
     edited=_edited,
     settings=_settings,
     gguf=GgufFamily("nemotron_h_moe", _keys, _refusal, mixes_layers=True, settings=_from_gguf),
-    skipped=(SkippedPart(r"mtp\..*", "layers for predicting several tokens at once (MTP)"),),
+    skipped=(SkippedPart(r"mtp\..*", MTP_PART),),
     why_no_mtp="the layer for MTP of this family is two of transformers' layers, which is not supported yet",
 )

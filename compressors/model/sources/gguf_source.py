@@ -19,6 +19,7 @@ from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.config.reading import read_spec
 from compressors.model.description.family import Family, GgufValue
 from compressors.model.description.gguf_rope import gguf_rope_of
+from compressors.model.description.mtp import MTP_PART
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
@@ -41,7 +42,6 @@ __all__ = ["GgufSource"]
 _T = GGMLQuantizationType
 _FLOATS = {_T.F32: StorageType.F32, _T.F16: StorageType.F16, _T.BF16: StorageType.BF16}
 _MTP = "nextn_predict_layers"
-_MTP_NAME = "layers for predicting several tokens at once (MTP)"
 
 
 class GgufSource:
@@ -98,7 +98,7 @@ class GgufSource:
     def parts_read_past(self) -> Mapping[str, int]:
         """The layers for predicting several tokens at once, where there are some, with the number of their tensors."""
         n_tensors = sum(self._is_of_mtp(name) for name in self._file.tensors)
-        return {_MTP_NAME: n_tensors} if n_tensors else {}
+        return {MTP_PART: n_tensors} if n_tensors else {}
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ terms of ``compute``) was fitted to resident set sizes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from compressors.model.description.mixers import GatedDelta, GroupedQuery, Mamba2, Mixer, NoMixer, ShortConvolution
 from compressors.model.description.spec import LayerSpec, ModelSpec
@@ -43,23 +44,34 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
             f"--kv-type {kv_type}: llama.cpp stores such keys and values in blocks of {block}, and this "
             f"model's heads are {cut} wide: use --kv-type f16"
         )
-    cells = _rounded_up(context)
+    cells, contexts = _rounded_up(context), [spec]
+    if spec.mtp is not None:  # llama.cpp drafts in a context of its own
+        contexts.append(replace(spec, layers=(spec.mtp,), mtp=None))
+    return {
+        "weights": file_bytes,
+        "kv_cache": sum(_cache_bytes(each, cells, kv_type) for each in contexts),
+        "compute": sum(_context_bytes(each, cells, kv_type) for each in contexts)
+        + _BYTES_PER_TOKEN_TEXT * spec.vocab_size
+        + _LIBRARY_BYTES,
+    }
+
+
+def _cache_bytes(spec: ModelSpec, cells: int, kv_type: str) -> int:
+    """Bytes of keys and values, and of recurrent states."""
     cached = sum(_cells(mixer, spec, cells) * mixer.cached_values for mixer in _mixers(spec))
     states = _FLOAT * sum(mixer.state_values for mixer in _mixers(spec))
-    compute = (
+    return int(cached * bytes_per_value(kv_type)) + states
+
+
+def _context_bytes(spec: ModelSpec, cells: int, kv_type: str) -> int:
+    """Bytes of the buffers of one context, and of its graphs."""
+    return (
         _graph_bytes(spec, cells, kv_type)
         + _work_bytes(spec)
         + _FLOAT * spec.vocab_size  # output buffer: logits of one position
-        + _BYTES_PER_TOKEN_TEXT * spec.vocab_size
         + _BYTES_PER_LAYER_GRAPH * spec.n_layers
         + (_BYTES_OF_DELTA_GRAPHS if _has_delta(spec) else 0)
-        + _LIBRARY_BYTES
     )
-    return {
-        "weights": file_bytes,
-        "kv_cache": int(cached * bytes_per_value(kv_type)) + states,
-        "compute": compute,
-    }
 
 
 def _mixers(spec: ModelSpec) -> Iterator[Mixer]:

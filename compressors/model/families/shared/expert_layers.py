@@ -14,6 +14,7 @@ from compressors.model.config.gguf_keys import GgufKeys
 from compressors.model.description.family import ConfigValues, GgufValue, SkippedPart
 from compressors.model.description.feed_forward import Dense, Routed, Shared
 from compressors.model.description.mixers import Mixer
+from compressors.model.description.mtp import MTP_PART
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
@@ -42,7 +43,7 @@ __all__ = [
     "with_groups",
 ]
 
-MTP = SkippedPart(r"model\.layers\.(?P<layer>\d+)\..*", "layers for predicting several tokens at once (MTP)")
+MTP = SkippedPart(r"model\.layers\.(?P<layer>\d+)\..*", MTP_PART)
 
 _N_MTP = ("num_nextn_predict_layers", "num_mtp_layers")
 """Settings of the number of such layers."""

@@ -15,6 +15,7 @@ from compressors.model.config.rope_settings import RopeRule
 from compressors.model.description.family import ConfigValues, GgufValue, SkippedPart
 from compressors.model.description.feed_forward import Routed, Shared
 from compressors.model.description.mixers import GatedDelta, GroupedQuery, OutputGate, QkNorm
+from compressors.model.description.mtp import MTP_PART
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import LayerSpec, ModelSpec
@@ -40,7 +41,7 @@ __all__ = [
     "settings",
 ]
 
-MTP = SkippedPart(r"(model\.)?mtp\..*", "layers for predicting several tokens at once (MTP)")
+MTP = SkippedPart(r"(model\.)?mtp\..*", MTP_PART)
 
 DEFAULTS = {
     "hidden_size": 2048,
