@@ -1,6 +1,6 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint fuzz bench bench-export damage floors latent prediction quality peers pareto scale
+.PHONY: demo test lint fuzz bench bench-export damage floors latent prediction quality peers pareto scale start
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -69,6 +69,10 @@ pareto: .venv/installed-dev
 # Hours, and 40 GB of disk: checkpoints of real shape with random weights, every stage measured.
 scale: .venv/installed-dev
 	$(BIN)/python -m benchmarks.scale
+
+# The processor time of help, inspection and dry runs over the headers of a 30B model; a minute.
+start: .venv/installed-dev
+	$(BIN)/python -m benchmarks.start
 
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[cpu]'
