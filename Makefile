@@ -1,6 +1,6 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint fuzz bench bench-export damage floors latent prediction quality peers pareto scale whole-run
+.PHONY: demo test lint fuzz bench bench-export damage floors latent prediction quality peers pareto scale whole-run start
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -73,6 +73,10 @@ scale: .venv/installed-dev
 # The whole command against llama.cpp's own tools on OLMoE-1B-7B's shape: hours, and 35 GB of disk.
 whole-run: .venv/installed-dev
 	$(BIN)/python -m benchmarks.whole_run
+
+# The processor time of help, inspection and dry runs over the headers of a 30B model; a minute.
+start: .venv/installed-dev
+	$(BIN)/python -m benchmarks.start
 
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[cpu]'

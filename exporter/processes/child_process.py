@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any
 
+from compressors.model import families
 from exporter.processes.fork_server import ensure_server
 from exporter.processes.progress import restore_terminal
 from exporter.processes.surroundings import STDERR, Surroundings
@@ -38,6 +40,7 @@ _PRELOADED = (
     "exporter.stages.files.writers",
     "exporter.stages.files.retune",
     "exporter.stages.judge.reference",
+    *(f"{families.__name__}.{module.name}" for module in pkgutil.iter_modules(families.__path__)),  # to open a model
 )
 """The modules that the server imports before it forks: only code. Neither runtime is among them: only stages that
 measure files load one, and ONNX Runtime starts threads, which a fork would lose."""
