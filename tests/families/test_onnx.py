@@ -69,6 +69,10 @@ def written(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+_PRUNED = pytest.mark.parametrize("student", [6], indirect=True)
+"""For tests of the cache and the mask, whose part of the graph does not depend on the number of experts."""
+
+
 @torch.no_grad()
 def test_onnx_runtime_computes_and_routes_like_torch(student: Student, written: Path, blocks_BT: torch.Tensor) -> None:
     recorder, model = RoutingRecorder(student.spec), StreamedModel(student)
@@ -85,6 +89,7 @@ def test_onnx_runtime_computes_and_routes_like_torch(student: Student, written: 
 
 
 @torch.no_grad()
+@_PRUNED
 @pytest.mark.parametrize("length", [1, 7, 300])
 def test_texts_of_any_length(student: Student, written: Path, length: int) -> None:
     """Errors grow with the length: after 300 tokens transformers' own two ways to compute a state differ by 1.8e-4."""
@@ -95,6 +100,7 @@ def test_texts_of_any_length(student: Student, written: Path, length: int) -> No
 
 
 @torch.no_grad()
+@_PRUNED
 def test_the_same_text_is_written_through_the_cache(student: Student, written: Path, blocks_BT: torch.Tensor) -> None:
     """It is longer than the window, where there is one."""
     prompt_BP = blocks_BT[:1, :20]
@@ -144,6 +150,7 @@ def test_quantized_files(folder: Path, blocks_BT: torch.Tensor, tmp_path: Path, 
 
 
 @torch.no_grad()
+@_PRUNED
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_steps_after_padded_prompts(student: Student, written: Path, blocks_BT: torch.Tensor, side: str) -> None:
     """A row gives the logits that it gives alone, in the prompt and in the steps after it."""

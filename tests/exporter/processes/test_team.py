@@ -31,7 +31,11 @@ def _by_two(command: Sequence[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def stopped_before_publishing(
-    tmp_path_factory: pytest.TempPathFactory, toy_command: Command, start_command: Run, tiny_recipe: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    toy_command: Command,
+    run_command: Run,
+    start_command: Run,
+    tiny_recipe: Path,
 ) -> tuple[Path, Path]:
     """Work directories of one process and of two, each with the files of all shared stages."""
     works = []
@@ -45,7 +49,7 @@ def stopped_before_publishing(
         path = out.parent / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         command = toy_command(out, "--recipe", str(path))
-        result = start_command(_by_two(command) if name == "two" else command)
+        result = start_command(_by_two(command)) if name == "two" else run_command(command)
         assert result.returncode == 0, result.stdout + result.stderr
         works.append(out)
     return works[0], works[1]
