@@ -70,12 +70,11 @@ def test_the_report_is_what_its_schema_says(
 def test_the_report_says_what_each_stage_read_of_the_original(finished: tuple[Path, str], toy_model: Path) -> None:
     read = _report(finished[0])["source_bytes_read"]
     weights = (toy_model / "model.safetensors").stat().st_size
-    head = 4096 * 256 * 2  # the embedding: it is looked at, looked up, and read for each of three texts' predictions
-    assert weights - head < read["calibrate"] < weights + 4 * head
+    head = 4096 * 256 * 2  # the embedding: it is checked, looked up, and read for the predictions of each split
+    assert weights - head < read["calibrate"] < weights + 5 * head
     assert read["compress"] < weights / 100, "routers alone"
-    kept = weights * _report(finished[0])["student"]["n_experts"] / 32
     for stage in ("gguf", "onnx", "student"):
-        assert 0.9 * kept < read[stage] < kept + 2 * head
+        assert head < read[stage] < weights / 2, "once, without the experts that are gone"
     assert 0 < read["validate_gguf"] <= 2 * head, "to compare with the original's predictions"
 
 
