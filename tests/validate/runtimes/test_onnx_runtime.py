@@ -174,7 +174,7 @@ def test_cost_is_measured_in_a_process_of_its_own(folder: Path, chunks: Tokens) 
 def test_four_bit_routing_without_renormalisation_is_read(olmoe_folder: Path, chunks: Tokens, tmp_path: Path) -> None:
     """QMoE is given the gates of all experts there, by a node that must be recognised as the softmax of its logits."""
     student = Student.teacher(open_source(olmoe_folder))
-    write_onnx(student, "Q4_0", tmp_path, threads=1)
+    write_onnx(student, "Q4_0", tmp_path, inputs="float32", threads=1)
     (output,) = OnnxRuntimeBackend(tmp_path, threads=1).run(chunks[:1])
     assert output.routing is not None
     written = student.as_written(OnnxWeights(tmp_path, student.spec))
