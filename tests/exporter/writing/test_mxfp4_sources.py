@@ -15,6 +15,9 @@ from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
+from compressors.sensitivity import allocate, default_table
+from exporter.planning.recipe import FileChoice
+from exporter.searching.units import gguf_units
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE
@@ -65,6 +68,28 @@ def test_experts_in_mxfp4_are_copied(students: tuple[Student, Student], tmp_path
                 found = torch.empty(student.spec.dimensions(role, layer))
                 written.read_expert(role, layer, expert, found)
                 assert torch.equal(found, student.expert(role, layer, expert).float())
+
+
+def test_the_search_takes_mxfp4_where_the_source_has_it(students: tuple[Student, Student]) -> None:
+    """It is exact there, so the smallest file without any error has it for all experts, and for nothing else.
+
+    A checkpoint in bfloat16 has no exact type but bfloat16, which is larger.
+    """
+    choice, chosen = FileChoice(mix="Q8_0"), []
+    for student in students:
+        plans = gguf_units(student.spec, torch.bfloat16, choice, student.stored_types)
+        exact = {plan.name: [each for each in plan.candidates if each.quantize is None] for plan in plans}
+        smallest = {name: min(found, key=lambda each: each.n_bytes) for name, found in exact.items()}
+        table = default_table(student.spec, plans)
+        best = allocate(table, sum(each.n_bytes for each in smallest.values()))
+        assert best.choices == {name: each.choice for name, each in smallest.items()}
+        assert best.divergence == 0
+        chosen.append(best)
+    packed, plain = chosen
+    assert {name for name, found in packed.choices.items() if found == "MXFP4"} == {
+        f"blk.{layer}.ffn_{part}_exps.weight" for layer in range(2) for part in ("gate", "up", "down")
+    }
+    assert set(plain.choices.values()) == {"BF16"} and packed.n_bytes < plain.n_bytes
 
 
 def test_a_saved_student_is_in_bfloat16(students: tuple[Student, Student], tmp_path: Path) -> None:
