@@ -140,6 +140,7 @@ def run_watched(
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0)
     ended.set()
     watcher.join()
+    _count_file(library).unlink()
     if process.returncode not in accepted:
         raise SystemExit(f"{' '.join(map(str, command))}\nexit code {process.returncode}\n{printed}")
     now, after = resource.getrusage(resource.RUSAGE_CHILDREN), _io_counters()
@@ -228,7 +229,7 @@ def _start_counter(library: Path) -> Callable[[], int]:
 
 
 def _count_file(library: Path) -> Path:
-    return library.with_suffix(".count")
+    return library.with_suffix(f".{os.getpid()}.count")  # other runs have files of their own
 
 
 def _io_counters() -> dict[str, int]:
