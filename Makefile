@@ -11,9 +11,10 @@ INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --ed
 demo: .venv/installed
 	$(BIN)/moe-export --budget 4.5MB --budget-kind file --recover-time 5m --plan-time 2m --out demo
 
-# One thread for each of the two pytest workers: more would fight over two cores.
+# One thread for each pytest worker: more would fight over two cores. Tests start the program hundreds of times, so what
+# is compiled is kept, also where the environment says otherwise.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/.venv/bytecode OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
