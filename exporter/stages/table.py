@@ -289,7 +289,7 @@ OF_THE_REPORT = (
     | files_of("schedule", SCHEDULE)
     | files_of("recover", RECOVERY)
     | files_of("retune", RECOVERY)
-    | files_of("teacher_texts", GENERATION)
+    | files_of("teacher_texts", GENERATION, TEXT_EFFORT)
     | files_of("validate_torch", EVALUATION)
     | files_of("validate_written", WRITTEN_EVALUATION)
     | files_of("validate_gguf", EVALUATION, MEASUREMENT)

@@ -24,8 +24,8 @@ from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.shrink.layerwise import LayerwiseCompression
 from exporter.inspection import describe
-from exporter.planning.compression import layer_targets
 from exporter.planning.recipe import CompressChoice, SourceChoice
+from exporter.stages.student.layer_targets import layer_targets
 from exporter.writing.gguf.memory import predict_runtime_bytes
 from exporter.writing.gguf.type_table import plan_gguf_units
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
