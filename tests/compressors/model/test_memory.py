@@ -12,6 +12,7 @@ import torch
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.files.array_file import ArrayFile
+from compressors.model.files.storage_type import StorageType
 from compressors.model.running.arithmetic import fastest_arithmetic
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.layers import LayerReader, layer_bytes
@@ -150,8 +151,8 @@ def test_a_layer_s_bytes_are_those_on_disk(family_folder: Path) -> None:
 
 def test_small_models_and_other_processors_compute_in_float32(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     large = replace(spec, hidden_size=2048)
-    assert fastest_arithmetic(spec, torch.bfloat16, "cuda") == "float32"
-    assert fastest_arithmetic(large, torch.float16, "cuda") == "float32"
-    assert fastest_arithmetic(large, torch.bfloat16, "cuda") == "bfloat16"
+    assert fastest_arithmetic(spec, StorageType.BF16, "cuda") == "float32"
+    assert fastest_arithmetic(large, StorageType.F16, "cuda") == "float32"
+    assert fastest_arithmetic(large, StorageType.BF16, "cuda") == "bfloat16"
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert fastest_arithmetic(large, torch.bfloat16, "cpu") == "float32"
+    assert fastest_arithmetic(large, StorageType.BF16, "cpu") == "float32"

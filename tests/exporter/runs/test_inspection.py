@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import exporter.inspection
 from compressors.model.config.reading import read_spec
 from compressors.model.errors import InputError
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
@@ -94,6 +95,7 @@ def test_the_table_says_what_matters(fine_folder: Path) -> None:
 
 
 def test_layers_are_described_by_kind(fine_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter.inspection, "open_source", Checkpoint)  # not the one that is remembered
     monkeypatch.setattr(Checkpoint, "_check_tensors", lambda _self: None)
     monkeypatch.setattr(
         "compressors.model.sources.hugging_face.checkpoint.read_spec",
