@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["AdaptedExperts", "adapter_tensors", "holds_adapters"]
 
@@ -42,7 +44,7 @@ def holds_adapters(overlay: Mapping[str, torch.Tensor]) -> bool:
     return any(name.endswith(_A) for name in overlay)
 
 
-class AdaptedExperts(Mapping[str, torch.Tensor]):
+class AdaptedExperts(Mapping[str, "torch.Tensor"]):
     """An overlay as tensors by name, adapters merged in storage dtype when their matrix is asked for.
 
     Args:

@@ -21,6 +21,7 @@ from compressors.model.config.reading import read_spec
 from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
+from compressors.model.files.storage_type import StorageType
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.source import Source
@@ -59,6 +60,10 @@ class _InMemory:
     @property
     def family(self) -> Family:
         return self.spec.family
+
+    @property
+    def storage_type(self) -> StorageType:
+        return StorageType.BF16
 
     @property
     def dtype(self) -> torch.dtype:

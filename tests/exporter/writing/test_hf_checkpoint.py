@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from compressors.model.description.roles import Role
+from compressors.model.files.storage_type import StorageType
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
@@ -63,7 +64,7 @@ def test_our_reader_finds_every_tensor_of_the_student(written: Path, student: St
 def test_routers_stay_float32_and_everything_else_as_it_was(written: Path, student: Student) -> None:
     routers = {student.name(Role.ROUTER, layer) for layer in range(2)}
     for name, header in Checkpoint(written).headers.items():
-        assert header.dtype == (torch.float32 if name in routers else torch.bfloat16), name
+        assert header.storage_type is (StorageType.F32 if name in routers else StorageType.BF16), name
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from compressors.model.description.roles import Role
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
+from compressors.model.files.storage_type import StorageType
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
@@ -77,7 +78,7 @@ def test_the_search_takes_mxfp4_where_the_source_has_it(students: tuple[Student,
     """
     choice, chosen = FileChoice(mix="Q8_0"), []
     for student in students:
-        plans = gguf_units(student.spec, torch.bfloat16, choice, student.stored_types)
+        plans = gguf_units(student.spec, StorageType.BF16, choice, student.stored_types)
         exact = {plan.name: [each for each in plan.candidates if each.quantize is None] for plan in plans}
         smallest = {name: min(found, key=lambda each: each.n_bytes) for name, found in exact.items()}
         table = default_table(student.spec, plans)

@@ -97,7 +97,7 @@ def _probe(spec: ModelSpec, preset: str, folder: Path, bias: Floats) -> onnx.Mod
     """The block alone. Its input is the logits, and then ones, the first of which is all that experts read."""
     (layer,) = spec.layers
     n_experts, hidden, width = layer.n_experts, layer.hidden_size, layer.expert_width
-    layout = plan_tensors(spec, preset)
+    layout = plan_tensors(spec, preset, inputs="float32")
     in_EFD, out_EDF = np.zeros((n_experts, width, hidden)), np.zeros((n_experts, hidden, width))
     in_EFD[:, 0, n_experts], out_EDF[np.arange(n_experts), np.arange(n_experts), 0] = 1, 1
     data = np.zeros(layout.data_bytes, dtype=np.uint8)
