@@ -33,7 +33,7 @@ from compressors.model.sources.hugging_face.mtp_part import MODEL_TABLES, find_m
 from compressors.model.sources.hugging_face.output_head import is_own_head
 from compressors.model.sources.hugging_face.quantized_config import read_float8, read_mxfp4_type
 from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
-from compressors.model.sources.hugging_face.weight_folder import INDEX, SINGLE, find_weights
+from compressors.model.sources.hugging_face.weight_folder import INDEX, SINGLE, find_weights, oddities
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +151,7 @@ class Checkpoint:
     @property
     def notes(self) -> tuple[str, ...]:
         """Oddities of the files that can still be read: sentences without a full stop."""
-        return tuple(self._find_notes())
+        return tuple(oddities(self._weights, {file: opened.tensors for file, opened in self._opened.items()}))
 
     def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
         """The tensor of a role outside of experts, in storage dtype; a tied head is the embedding."""
@@ -360,24 +360,6 @@ class Checkpoint:
     def _scales(self, name: str) -> TensorHeader | None:
         scales = scales_of(name, self.headers)
         return None if scales is None else self.headers[scales]
-
-    def _find_notes(self) -> Iterator[str]:
-        if self._weights.beside_index:
-            yield f"{SINGLE} is read, as transformers does, and not {INDEX} beside it"
-        if self._weights.without_index:
-            yield f"{INDEX} is missing; all {len(self.files)} shards are read"
-        holders: dict[str, list[str]] = {}
-        for file, opened in self._opened.items():
-            for name in opened.tensors:
-                holders.setdefault(name, []).append(file.name)
-        for name, files in holders.items():
-            if len(files) > 1:
-                yield f"tensor {shown(name)} is in {len(files)} files; as in transformers the last counts, {files[-1]}"
-            elif self._weights.index.get(name, files[0]) != files[0]:
-                yield (
-                    f"the index says that tensor {shown(name)} lies in {shown(self._weights.index[name])}; it is read "
-                    f"from {files[0]}, as in transformers"
-                )
 
     def _name(self, role: Role, layer: int | None) -> str:
         if role is Role.HEAD and self.spec.tied_embeddings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
 from compressors.model.names import shown
 
-__all__ = ["INDEX", "SINGLE", "WeightFolder", "find_weights"]
+__all__ = ["INDEX", "SINGLE", "WeightFolder", "find_weights", "oddities"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -121,3 +121,28 @@ def _instead(names: list[str]) -> str:
         if match is not None:
             return what.format(shown(match))
     return f"neither {SINGLE} nor {INDEX}: only safetensors checkpoints are read"
+
+
+def oddities(weights: WeightFolder, held: Mapping[Path, Iterable[str]]) -> Iterator[str]:
+    """Sentences without a full stop about what is odd and can still be read.
+
+    Args:
+        weights: the files.
+        held: the tensors that lie in each of them, in the order of the files.
+    """
+    if weights.beside_index:
+        yield f"{SINGLE} is read, as transformers does, and not {INDEX} beside it"
+    if weights.without_index:
+        yield f"{INDEX} is missing; all {len(weights.files)} shards are read"
+    holders: dict[str, list[str]] = {}
+    for file, names in held.items():
+        for name in names:
+            holders.setdefault(name, []).append(file.name)
+    for name, files in holders.items():
+        if len(files) > 1:
+            yield f"tensor {shown(name)} is in {len(files)} files; as in transformers the last counts, {files[-1]}"
+        elif weights.index.get(name, files[0]) != files[0]:
+            yield (
+                f"the index says that tensor {shown(name)} lies in {shown(weights.index[name])}; it is read "
+                f"from {files[0]}, as in transformers"
+            )
