@@ -90,7 +90,7 @@ def disk_by_stage(plan: Plan, kept: Collection[str] = ()) -> dict[str, dict[str,
 
 
 def _left(plan: Plan) -> Counter[str]:
-    """What a run leaves of its own when it is finished, until all others are."""
+    """The bytes that a run leaves of its own when it is finished, until all others are."""
     stages = _stages(plan)
     return _lying(_files(plan), [stage for stage in stages if stage.name not in OF_ALL_FILES], [], ())
 
@@ -170,7 +170,7 @@ def _files(plan: Plan) -> _Files:
 
 
 def _passing(plan: Plan) -> dict[str, dict[str, int]]:
-    """What a stage needs beside its files while it runs, by kind; hidden states lie there if memory has no room."""
+    """The bytes that each stage needs beside its files while it runs, by kind, if no hidden states fit in memory."""
     text, recipe, n_heldout = plan.recipe.text, plan.recipe, heldout_blocks(plan)
     in_calibration = text.calibration_blocks * value_bytes(recipe.arithmetic)
     in_float32 = 4 * (text.selection_blocks + n_heldout)

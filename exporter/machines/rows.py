@@ -1,4 +1,4 @@
-"""What a model gives on each machine: the best file that is expected to fit, without measuring anything."""
+"""Finds the file of a model that is expected to be the best on each machine; nothing is measured."""
 
 from __future__ import annotations
 

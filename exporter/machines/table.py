@@ -48,7 +48,7 @@ def server_line(row: Fit) -> str:
 
 
 def _notes(rows: Sequence[Fit | NoFit]) -> Iterator[str]:
-    """What the table cannot say in its cells."""
+    """Sentences for which the table's cells have no room."""
     if any(isinstance(row, Fit) for row in rows):
         yield ""
         yield "divergence: from the original, in nats, as expected; a run measures it. tokens/s: the most, by bandwidth"
