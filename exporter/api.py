@@ -2,8 +2,9 @@
 
     from exporter import Flags, export, fits, inspect, validate
 
-    result = export(Flags(model="Qwen/Qwen3-30B-A3B", budget="20GB"), announce=print)
-    print(result.out, result.report["verdict"]["passed"])
+    if __name__ == "__main__":  # stages run in processes of their own, which import the script
+        result = export(Flags(model="Qwen/Qwen3-30B-A3B", budget="20GB"), announce=print)
+        print(result.out, result.report["verdict"]["passed"])
 
 A function imports what it needs when it is called, so importing the package costs nothing.
 """
