@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import HfFileSystem
-from huggingface_hub.errors import HfHubHTTPError
+from typing import TYPE_CHECKING, Any
 
 from compressors.model.errors import InputError
 from exporter.hub import download_beside_weights, is_hub_file, is_hub_id, resolve_model
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileSystem
 
 __all__ = ["folder_with_headers"]
 
@@ -58,18 +58,20 @@ def folder_with_headers(model: str, revision: str | None, *, offline: bool) -> I
         for file in downloaded.iterdir():
             if file.is_file() and file.suffix != ".safetensors":
                 (folder / file.name).symlink_to(file.resolve())
-        try:
-            _write_headers(f"{model}@{downloaded.name}", folder)
-        except (HfHubHTTPError, OSError) as error:
-            raise InputError(f"MODEL: headers of {model} could not be read ({error}); try again") from None
+        _write_headers(model, downloaded.name, folder)
         yield folder
 
 
-def _write_headers(repository: str, folder: Path) -> None:
-    """Writes each weight file of a repository's top folder with its header and its length."""
+def _write_headers(model: str, commit: str, folder: Path) -> None:
+    """Writes each weight file of a repository's top folder with its header and its length.
+
+    Raises:
+        InputError: the hub cannot be used, or a file is no safetensors file.
+    """
+    from huggingface_hub import HfFileSystem  # a quarter of a second, which local models do not need
+    from huggingface_hub.errors import HfHubHTTPError
+
     hub = HfFileSystem()
-    entries: list[Any] = hub.ls(repository, detail=True)
-    weights = [entry for entry in entries if _WEIGHTS.fullmatch(Path(entry["name"]).name)]
 
     def write(entry: dict[str, Any]) -> None:
         header = _header(hub, entry["name"])
@@ -77,8 +79,13 @@ def _write_headers(repository: str, folder: Path) -> None:
             file.write(header)
             file.truncate(max(entry["size"], len(header)))
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(write, weights))
+    try:
+        entries: list[Any] = hub.ls(f"{model}@{commit}", detail=True)
+        weights = [entry for entry in entries if _WEIGHTS.fullmatch(Path(entry["name"]).name)]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(write, weights))
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"MODEL: headers of {model} could not be read ({error}); try again") from None
 
 
 def _header(hub: HfFileSystem, path: str) -> bytes:
