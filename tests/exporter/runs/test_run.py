@@ -29,10 +29,10 @@ Command = Callable[..., Sequence[str]]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, toy_command: Command, start_command: Run) -> tuple[Path, str]:
+def finished(tmp_path_factory: pytest.TempPathFactory, toy_command: Command, run_command: Run) -> tuple[Path, str]:
     """An uninterrupted run's output folder, and what it printed."""
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    result = start_command(toy_command(out, "--save-student", "--floors"))
+    result = run_command(toy_command(out, "--save-student", "--floors"))
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout
 
@@ -225,12 +225,12 @@ def test_validate_measures_published_files_again_and_notices_damage(
 
 
 def test_a_logits_file_stands_for_the_original(
-    finished: tuple[Path, str], small_texts: tuple[Path, Path], run_command: Run, tmp_path: Path
+    finished: tuple[Path, str], short_text: Path, run_command: Run, tmp_path: Path
 ) -> None:
     """The file of llama-perplexity: written from the original, then read in its place."""
     command = [sys.executable, "-m", "exporter", "validate", str(finished[0]), "--threads", "1", "--json"]
     path = tmp_path / "base.kld"
-    saved = run_command([*command, "--text", str(small_texts[1]), "--save-reference-logits", str(path)])
+    saved = run_command([*command, "--text", str(short_text), "--save-reference-logits", str(path)])
     assert saved.returncode == 0, saved.stderr
     read = run_command([*command, "--reference-logits", str(path)])
     assert read.returncode == 0, read.stderr
@@ -242,7 +242,7 @@ def test_a_logits_file_stands_for_the_original(
         other = {field.name: found[field.name] for field in fields(RuntimeCost)}  # is measured anew
         other["notes"] = []  # on the original's tokenizer, which is not known
         assert found == expected | unknown | other
-    both = run_command([*command, "--reference-logits", str(path), "--text", str(small_texts[1])])
+    both = run_command([*command, "--reference-logits", str(path), "--text", str(short_text)])
     assert both.returncode == 2
     assert "--reference-logits holds original and text" in both.stderr
     LogitsFileWriter(path, np.zeros((2, 64), np.int64), 100)
@@ -266,11 +266,11 @@ def test_a_file_that_kills_its_runtime_does_not_keep_the_other_from_being_measur
     with_a_deadly_file: Path,
     finished: tuple[Path, str],
     toy_model: Path,
-    small_texts: tuple[Path, Path],
+    short_text: Path,
     run_command: Run,
 ) -> None:
     command = [sys.executable, "-m", "exporter", "validate", str(with_a_deadly_file), "--against", str(toy_model)]
-    result = run_command([*command, "--text", str(small_texts[1]), "--threads", "1", "--json"])
+    result = run_command([*command, "--text", str(short_text), "--threads", "1", "--json"])
     assert result.returncode == 4
     report = json.loads(result.stdout)
     assert [row["artifact"] for row in report["rows"]] == ["gguf", "onnx"]
