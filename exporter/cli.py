@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shlex
@@ -74,6 +75,16 @@ def _storage_errors_for_people(ctx: click.Context) -> Iterator[None]:
         if said is None:
             raise
         raise said from error
+
+
+@contextmanager
+def _garbage_stays() -> Iterator[None]:
+    """Looks for no unused cycles of objects: those of a plan are many and stay, and each look goes through them all."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @click.group(cls=_DefaultCommand)
@@ -195,7 +206,8 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
         from exporter import inspect as described
         from exporter.inspection import description_table
 
-    description = described(model, revision=revision, offline=offline)
+    with _garbage_stays():
+        description = described(model, revision=revision, offline=offline)
     if as_json:
         click.echo(json.dumps(description, indent=1))
     else:
@@ -324,7 +336,9 @@ def _dry_run(job: Any, command: str) -> None:
     from exporter.work.directory import make_folder
     from exporter.writing.files import write_atomically
 
-    plans = {_recipe_file(job, budget): make_plan(job.for_budget(budget), command) for budget in job.budgets or (None,)}
+    with _garbage_stays():
+        budgets = job.budgets or (None,)
+        plans = {_recipe_file(job, budget): make_plan(job.for_budget(budget), command) for budget in budgets}
     for path, plan in plans.items():
         make_folder(path.parent)
         write_atomically(path, recipe_yaml(plan.recipe))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +67,8 @@ def _write_headers(model: str, commit: str, folder: Path) -> None:
     Raises:
         InputError: the hub cannot be used, or a file is no safetensors file.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from huggingface_hub import HfFileSystem  # a quarter of a second, which local models do not need
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -221,6 +221,8 @@ def _search(options: _Options, byte_limit: int, price: float) -> tuple[npt.NDArr
     room = byte_limit - options.n_bytes(greedy_U)
     filled_U = _filled(options, greedy_U, room)
     most = options.cost(filled_U) - bound  # the most by which the best choice can lie above the bound
+    if most < 0:  # by rounding: the bound is met
+        return filled_U, bound
     above_UN = priced_UN - best_U[:, None]
     extra_UN = options.bytes_UN - np.take_along_axis(options.bytes_UN, greedy_U[:, None], 1)
     partial = _Partial(room, price, most)
@@ -248,13 +250,40 @@ def _filled(options: _Options, greedy_U: npt.NDArray[np.int64], room: int) -> np
         chosen_U[unit] = option
 
 
+def _lowest_of_equal_bytes(
+    order: npt.NDArray[np.int64],
+    n_bytes: npt.NDArray[np.int64],
+    above: npt.NDArray[np.float64],
+    n_partial: int,
+    n_options: int,
+) -> npt.NDArray[np.int64]:
+    """Keeps for each number of bytes the lowest excess; of equal ones, that of the first partial choice.
+
+    Args:
+        order: the choices' places, by rising bytes; a place is the option's number times ``n_partial``, and the partial
+            choice's number.
+        n_bytes: bytes of each.
+        above: excess of each over the bound.
+        n_partial: the number of partial choices.
+        n_options: the number of options.
+    """
+    starts = np.flatnonzero(np.append(True, n_bytes[1:] != n_bytes[:-1]))
+    if len(starts) == len(order):
+        return order
+    lowest = np.repeat(np.minimum.reduceat(above, starts), np.diff(np.append(starts, len(order))))
+    number = (order % n_partial) * n_options + order // n_partial
+    first = np.minimum.reduceat(np.where(above == lowest, number, n_partial * n_options), starts)
+    kept: npt.NDArray[np.int64] = first % n_options * n_partial + first // n_options
+    return kept
+
+
 class _Partial:
     """Choices for the units so far, with their extra bytes over the greedy choice and their cost above the bound.
 
     Args:
         room: bytes that the greedy choice leaves.
         price: price of a byte.
-        most: choices that lie further above the bound are dropped.
+        most: choices that lie further above the bound are dropped; not negative.
     """
 
     def __init__(self, room: int, price: float, most: float) -> None:
@@ -268,17 +297,34 @@ class _Partial:
     def extend(self, unit: int, bytes_N: npt.NDArray[np.int64], above_N: npt.NDArray[np.float64]) -> None:
         """Gives one more unit each of its options."""
         options = np.flatnonzero(above_N <= self._most)
-        n_bytes = (self._bytes_S[:, None] + bytes_N[options]).ravel()
-        above = (self._above_S[:, None] + above_N[options]).ravel()
-        order = np.lexsort((above, n_bytes))
-        # by cost, not by excess over the bound: fewer bytes are worth their price
-        order = order[_not_dominated((above - self._price * n_bytes)[order])]
+        n_partial = len(self._bytes_S)
+        if len(options) == 1 and bytes_N[options[0]] == 0 == above_N[options[0]]:  # each choice stays as it is
+            self._steps.append((unit, np.arange(n_partial), np.full(n_partial, options[0])))
+            return
+        # the partial choices of one option after those of another: sorted runs, which are merged quickly
+        n_bytes = (bytes_N[options][:, None] + self._bytes_S).ravel()
+        above = (above_N[options][:, None] + self._above_S).ravel()
+        order = self._undominated(n_bytes, above, n_partial)
         order = order[above[order] <= self._most]
         if len(order) > _MOST_PARTIAL_CHOICES:
-            order = np.sort(order[np.argpartition(above[order], _MOST_PARTIAL_CHOICES)[:_MOST_PARTIAL_CHOICES]])
-            order = order[np.argsort(n_bytes[order], kind="stable")]
+            kept = np.argpartition(above[order], _MOST_PARTIAL_CHOICES)[:_MOST_PARTIAL_CHOICES]
+            order = order[np.sort(kept)]
         self._bytes_S, self._above_S = n_bytes[order], above[order]
-        self._steps.append((unit, order // len(options), options[order % len(options)]))
+        self._steps.append((unit, order % n_partial, options[order // n_partial]))
+
+    def _undominated(
+        self, n_bytes: npt.NDArray[np.int64], above: npt.NDArray[np.float64], n_partial: int
+    ) -> npt.NDArray[np.int64]:
+        """The places of the choices that none undercuts in both bytes and cost, by rising bytes."""
+        # by cost, not by excess over the bound: fewer bytes are worth their price
+        order = n_bytes.argsort(kind="stable")
+        cost = (above - self._price * n_bytes)[order]
+        order = order[cost <= np.minimum.accumulate(cost)]
+        order = _lowest_of_equal_bytes(order, n_bytes[order], above[order], n_partial, len(n_bytes) // n_partial)
+        cost = above[order] - self._price * n_bytes[order]
+        falls = np.ones(len(cost), dtype=np.bool_)
+        falls[1:] = cost[1:] < cost[:-1]  # no cost rises here, so it is the lowest so far
+        return order[falls]
 
     def best(self, n_units: int) -> npt.NDArray[np.int64] | None:
         """The complete choice of the lowest cost that fits, an option for each unit; None if none does."""

@@ -9,31 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
+from compressors.model.description.spec import ModelSpec, MoeSize
 from compressors.model.errors import InputError
-from compressors.shrink.dense import check_dense, dense_size
+from compressors.shrink.dense import check_dense
 from compressors.shrink.needs import Needs
 from compressors.shrink.registry import METHODS, SLIM, expert_counts
 from compressors.shrink.slim import check_width
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
 from exporter.planning.recipe import CompressChoice, Recipe
+from exporter.planning.resulting_spec import condensed_size, layers_with_experts, resulting_spec
 
 __all__ = [
     "by_layer",
     "changes_experts",
     "check_compression",
-    "condensed_size",
     "described_compression",
     "expected_spec",
-    "layers_with_experts",
     "runs_text",
 ]
-
-
-def layers_with_experts(spec: ModelSpec) -> tuple[int, ...]:
-    """The layers that have routed experts; no others are dropped or changed."""
-    return tuple(index for index, layer in enumerate(spec.layers) if layer.routed is not None)
 
 
 def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
@@ -42,9 +36,7 @@ def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
     Files of this description have exactly the student's bytes if its layers are alike; if they differ, each may be
     padded by a page more or less.
     """
-    with_experts = layers_with_experts(teacher)
-    n_left = len(with_experts) - choice.drop_blocks
-    n_moe = n_left - choice.drop_moe_layers
+    n_moe = len(layers_with_experts(teacher)) - choice.drop_blocks - choice.drop_moe_layers
     widths = by_layer(choice.width, n_moe, teacher.expert_width)
     experts = by_layer(choice.experts, n_moe, teacher.n_experts)
     sizes = [MoeSize(count, width) for count, width in zip(experts, widths, strict=True)]
@@ -52,10 +44,15 @@ def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
         # stands for any distribution: one layer keeps one more, another one less
         sizes[:2] = [MoeSize(sizes[0].n_experts + 1, widths[0]), MoeSize(sizes[1].n_experts - 1, widths[1])]
     if choice.student == "dense":
-        sizes = [condensed_size(teacher, width) for width in widths]
-    size_of = dict(zip(with_experts, sizes + [NO_MOE] * choice.drop_moe_layers, strict=False))
-    left = [layer for layer in range(teacher.n_layers) if layer not in with_experts[n_left:]]
-    return teacher.with_sizes([size_of.get(layer, NO_MOE) for layer in left], left, MoeSize(experts[-1], widths[-1]))
+        condensed = {width: condensed_size(teacher, width) for width in set(widths)}
+        sizes = [condensed[width] for width in widths]
+    return resulting_spec(
+        teacher,
+        sizes,
+        drop_blocks=choice.drop_blocks,
+        drop_moe_layers=choice.drop_moe_layers,
+        mtp=MoeSize(experts[-1], widths[-1]),
+    )
 
 
 def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
@@ -148,11 +145,6 @@ def described_compression(choice: CompressChoice, teacher: ModelSpec) -> str:
     if choice.edit_size is not None:
         parts.append(f"{choice.edit} of size {choice.edit_size}")
     return ", ".join(parts)
-
-
-def condensed_size(teacher: ModelSpec, width: int) -> MoeSize:
-    """The size of the one expert that a layer's experts of this width become."""
-    return dense_size(teacher.with_sizes([MoeSize(teacher.n_experts, width)] * teacher.n_layers))
 
 
 def _check_dense_recipe(recipe: Recipe, teacher: ModelSpec) -> None:

@@ -21,12 +21,7 @@ from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
 from exporter.estimating.sizes import format_size
-from exporter.planning.compression import (
-    check_compression,
-    described_compression,
-    expected_spec,
-    layers_with_experts,
-)
+from exporter.planning.compression import check_compression, described_compression, expected_spec
 from exporter.planning.job import Job
 from exporter.planning.recipe import (
     BudgetChoice,
@@ -38,6 +33,7 @@ from exporter.planning.recipe import (
     TextChoice,
 )
 from exporter.planning.recovery import CALIBRATION_BLOCKS, RefusedRung, check_after_quantizing
+from exporter.planning.resulting_spec import layers_with_experts
 from exporter.searching.ladder import ladder, machine_for
 from exporter.searching.outlook import outlook_of, outlooks, refuse_unless_something_fits
 from exporter.searching.structures import structures_for, whole, with_experts

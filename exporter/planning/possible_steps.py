@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import ModelSpec, MoeSize
 from compressors.model.errors import UnsupportedError
 from compressors.shrink.dense import check_dense
 from compressors.shrink.registry import EXPERT_METHODS, expert_counts
 from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refusal
-from exporter.planning.compression import expected_spec, layers_with_experts
-from exporter.planning.recipe import CompressChoice
+from exporter.planning.resulting_spec import condensed_size, layers_with_experts, resulting_spec
 
 __all__ = ["STEPS", "Step", "refusals"]
 
@@ -28,33 +27,32 @@ class Step:
     Attributes:
         name: the result, for people.
         flags: the flags, or choices of a recipe, that ask for it.
-        smallest: gives its smallest form for a model.
+        smallest: describes the result of its smallest form for a model; recipes are not needed, which take a tenth of a
+            second to load.
     """
 
     name: str
     flags: str
-    smallest: Callable[[ModelSpec], CompressChoice]
+    smallest: Callable[[ModelSpec], ModelSpec]
 
 
 def refusals(step: Step, spec: ModelSpec) -> Mapping[Container, str | None]:
     """Says for each container why it cannot hold a model after a step; None if it can."""
     try:
-        choice = step.smallest(spec)
+        result = step.smallest(spec)
     except UnsupportedError as error:
         return dict.fromkeys(Container, str(error))
-    result = expected_spec(choice, spec)
     return {container: refusal(result, container) for container in Container}
 
 
-def _fewer_experts(spec: ModelSpec) -> CompressChoice:
-    return CompressChoice(experts=_next_count(spec), method="reap")
+def _fewer_experts(spec: ModelSpec) -> ModelSpec:
+    return resulting_spec(spec, _sizes(spec, n_experts=_next_count(spec)))
 
 
-def _different_counts(spec: ModelSpec) -> CompressChoice:
-    n_layers = len(layers_with_experts(spec))
-    if n_layers < 2 or expert_counts("reap", spec).step != -1:
+def _different_counts(spec: ModelSpec) -> ModelSpec:
+    if len(layers_with_experts(spec)) < 2 or expert_counts("reap", spec).step != -1:
         raise UnsupportedError("all layers keep the same number of experts")
-    return CompressChoice(experts=(_next_count(spec), *[spec.n_experts] * (n_layers - 1)), method="reap")
+    return resulting_spec(spec, [MoeSize(_next_count(spec), spec.expert_width), *_sizes(spec)[1:]])
 
 
 def _next_count(spec: ModelSpec) -> int:
@@ -64,34 +62,41 @@ def _next_count(spec: ModelSpec) -> int:
     return fewer[0]
 
 
-def _narrower_experts(spec: ModelSpec) -> CompressChoice:
+def _narrower_experts(spec: ModelSpec) -> ModelSpec:
     width = (spec.expert_width - 1) // GGUF_WIDTH_MULTIPLE * GGUF_WIDTH_MULTIPLE
     if not width:
         raise UnsupportedError(f"experts of width {spec.expert_width} cannot be narrower than {GGUF_WIDTH_MULTIPLE}")
-    return CompressChoice(experts=spec.n_experts, width=width)
+    return resulting_spec(spec, _sizes(spec, width=width))
 
 
-def _fewer_layers(spec: ModelSpec) -> CompressChoice:
-    return CompressChoice(experts=spec.n_experts, drop_blocks=_one_of_several_layers(spec))
+def _fewer_layers(spec: ModelSpec) -> ModelSpec:
+    _refuse_a_single_layer(spec)
+    return resulting_spec(spec, _sizes(spec)[1:], drop_blocks=1)
 
 
-def _layers_without_experts(spec: ModelSpec) -> CompressChoice:
-    return CompressChoice(experts=spec.n_experts, drop_moe_layers=_one_of_several_layers(spec))
+def _layers_without_experts(spec: ModelSpec) -> ModelSpec:
+    _refuse_a_single_layer(spec)
+    return resulting_spec(spec, _sizes(spec)[1:], drop_moe_layers=1)
 
 
-def _one_of_several_layers(spec: ModelSpec) -> int:
+def _refuse_a_single_layer(spec: ModelSpec) -> None:
     if len(layers_with_experts(spec)) < 2:
         raise UnsupportedError("only one layer has experts")
-    return 1
 
 
-def _factors(spec: ModelSpec) -> CompressChoice:
-    return CompressChoice(experts=spec.n_experts, edit="svd", edit_size=1)
+def _factors(spec: ModelSpec) -> ModelSpec:
+    return resulting_spec(spec, _sizes(spec))
 
 
-def _dense_student(spec: ModelSpec) -> CompressChoice:
+def _dense_student(spec: ModelSpec) -> ModelSpec:
     check_dense(spec)
-    return CompressChoice(experts=spec.n_experts, student="dense")
+    return resulting_spec(spec, [condensed_size(spec, spec.expert_width)] * len(layers_with_experts(spec)))
+
+
+def _sizes(spec: ModelSpec, n_experts: int | None = None, width: int | None = None) -> list[MoeSize]:
+    """The sizes of all layers with experts; None: as they are."""
+    size = MoeSize(n_experts or spec.n_experts, width or spec.expert_width)
+    return [size] * len(layers_with_experts(spec))
 
 
 STEPS = (

@@ -76,7 +76,7 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]
 class _Part(BaseModel):
     """A part of a recipe. Unknown keys are refused: a misspelt choice must not pass for the default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)  # most commands need few parts
 
 
 class SourceChoice(_Part):

@@ -20,8 +20,8 @@ from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refusal
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
-from exporter.planning.compression import layers_with_experts
 from exporter.planning.recipe import FileChoice, Recipe
+from exporter.planning.resulting_spec import layers_with_experts
 
 __all__ = ["TeacherFloor", "choose_teacher_floor", "exact_type", "first_layers"]
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from compressors.model.description.spec import ModelSpec
 from compressors.shrink.dense import check_dense
 from compressors.shrink.registry import METHODS, expert_counts
-from exporter.planning.compression import layers_with_experts
 from exporter.planning.plan import Search
 from exporter.planning.recipe import CompressChoice
+from exporter.planning.resulting_spec import layers_with_experts
 
 __all__ = ["expected_loss", "structures_for", "whole", "with_experts"]
 

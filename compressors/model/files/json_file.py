@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = ["parse_json", "read_json"]
 
 _LARGEST = 256_000_000  # bytes; tokenizer.json of 250,000 tokens has about 35 million
 _DEEPEST = 100  # levels of lists and objects; tokenizer.json has about 10, safetensors' own reader stops at 127
+_DIGITS_AS_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
 _MOST_DIGITS = 64  # tokenizer_config.json says model_max_length with 31 where there is none
 
 
@@ -61,16 +63,19 @@ def parse_json(
     try:
         if text.startswith(b"\xef\xbb\xbf"):
             raise ValueError("it begins with a byte order mark, which transformers refuses too: save it without")
-        constant = _infinity if allows_infinity else _constant
-        data = json.loads(
+        loads = partial(
+            json.loads,
             text.decode("utf-8"),
-            parse_constant=constant,
+            parse_constant=_infinity if allows_infinity else _constant,
             parse_float=_finite,
-            parse_int=_whole_number,
-            object_pairs_hook=None if unique is None else partial(_of_unique_names, unique),
+            parse_int=_whole_number if _has_odd_number(text) else None,
         )
-        _refuse_depth(data)
-        if rb"\ud" in text.lower():
+        data = loads()
+        n_strings = _count_strings(data)
+        has_escapes = b"\\" in text
+        if unique is not None and (has_escapes or text.count(b'"') != 2 * n_strings):
+            data = loads(object_pairs_hook=partial(_of_unique_names, unique))
+        if has_escapes and rb"\ud" in text.lower():
             _refuse_half_characters(data)
     except RecursionError:
         raise _invalid(problem, f"it is nested deeper than {_DEEPEST} levels") from None
@@ -122,13 +127,25 @@ def _whole_number(text: str) -> int | float:
     return int(text) if text != "-0" else -0.0  # other readers of JSON do not take it for a whole number
 
 
-def _refuse_depth(data: Any) -> None:
-    level = [data]
+def _has_odd_number(text: bytes) -> bool:
+    """True if a number may have too many digits, or may be a negative zero."""
+    return b"-0" in text or b"0" * _MOST_DIGITS in text.translate(_DIGITS_AS_ZERO)
+
+
+def _count_strings(data: Any) -> int:
+    """Counts names and texts; if a name stands in an object twice, the text of the JSON has more.
+
+    Raises:
+        RecursionError: lists and objects are nested too deeply.
+    """
+    level, n_strings = [data], 0
     for _ in range(_DEEPEST):
-        containers = (value for value in level if isinstance(value, (dict, list)))
-        level = [inner for value in containers for inner in (value.values() if isinstance(value, dict) else value)]
+        objects = [value for value in level if type(value) is dict]
+        n_strings += sum(map(len, objects)) + sum(type(value) is str for value in level)
+        lists = (value for value in level if type(value) is list)
+        level = list(chain(chain.from_iterable(map(dict.values, objects)), chain.from_iterable(lists)))
         if not level:
-            return
+            return n_strings
     raise RecursionError
 
 

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -250,6 +249,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _sentence(folder: Path, error: BaseException) -> str:
+    from importlib.metadata import version
+
     path = folder / "tokenizer.json"
     reason = _first_line(error)
     if path.is_file():

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 from compressors.model.errors import UnsupportedError
-from compressors.model.sources.gguf_source import GgufSource
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.source import Source
 
@@ -37,6 +36,8 @@ def open_source(path: Path, *, keeps_mtp: bool = False) -> Source:
         raise UnsupportedError(
             f"{path}: GGUF files are read without a layer for MTP: give the checkpoint, or leave --keep-mtp out"
         )
+    from compressors.model.sources.gguf_source import GgufSource  # a tenth of a second, which checkpoints do not need
+
     return GgufSource(path)
 
 

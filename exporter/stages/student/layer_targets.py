@@ -19,8 +19,9 @@ from compressors.shrink.moe_block import Method
 from compressors.shrink.prune import Prune
 from compressors.shrink.registry import METHODS, made
 from compressors.shrink.slim.width import SlimWidth
-from exporter.planning.compression import by_layer, condensed_size, layers_with_experts
+from exporter.planning.compression import by_layer
 from exporter.planning.recipe import CompressChoice
+from exporter.planning.resulting_spec import condensed_size, layers_with_experts
 
 __all__ = ["layer_targets"]
 

@@ -21,6 +21,7 @@ from compressors.sensitivity import (
     allocate_file,
     smallest_bytes,
 )
+from compressors.sensitivity.knapsack import _Partial
 
 
 def _table(generator: np.random.Generator, n_units: int, n_options: int, sizes: list[int]) -> TypeTable:
@@ -69,6 +70,42 @@ def test_no_other_choice_is_better(seed: int, nats_per_second: float, flips: flo
         assert found.divergence == pytest.approx(model.divergence(table.order(found.choices)))
         nearness = 1e-9 if flips == 0 else 0.02  # tangents find a best choice, not always the best of them
         assert found.divergence + nats_per_second * found.seconds == pytest.approx(best, rel=nearness)
+
+
+def _extended_by_definition(
+    bytes_S: np.ndarray, above_S: np.ndarray, bytes_N: np.ndarray, above_N: np.ndarray, price: float, most: float
+) -> list[tuple[int, float, int, int]]:
+    """All pairs of a partial choice and an option, by bytes, excess and place, without those that another undercuts."""
+    pairs = sorted(
+        (int(bytes_S[s] + bytes_N[n]), float(above_S[s] + above_N[n]), s, n)
+        for s, n in itertools.product(range(len(bytes_S)), range(len(bytes_N)))
+        if above_N[n] <= most
+    )
+    kept, lowest = [], np.inf
+    for pair in pairs:
+        cost = pair[1] - price * pair[0]
+        if cost < lowest:
+            kept.append(pair)
+            lowest = cost
+    return [pair for pair in kept if pair[1] <= most]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_partial_choices_are_those_of_the_definition(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    price, most = float(generator.choice([0.0, 0.25])), 6.0
+    partial = _Partial(room=8, price=price, most=most)
+    for unit in range(6):
+        bytes_N = np.sort(generator.integers(-3, 12, int(generator.integers(1, 6))))  # few sizes, so many are equal
+        above_N = generator.integers(0, 8, len(bytes_N)) * 0.5
+        bytes_N[0], above_N[0] = 0, 0.0
+        expected = _extended_by_definition(partial._bytes_S, partial._above_S, bytes_N, above_N, price, most)
+        partial.extend(unit, bytes_N, above_N)
+        _, parents, options = partial._steps[-1]
+        found = zip(
+            *(values.tolist() for values in (partial._bytes_S, partial._above_S, parents, options)), strict=True
+        )
+        assert list(found) == expected
 
 
 def test_one_byte_less_than_the_smallest_fails_and_names_it() -> None:

@@ -63,6 +63,6 @@ def test_groups_of_experts_stay_equally_large(fine_folder: Path) -> None:
         if layer.routed is not None
     ]
     grouped = replace(spec, layers=tuple(layers))
-    assert _step("fewer or merged experts").smallest(grouped).experts == 28
+    assert _step("fewer or merged experts").smallest(grouped).n_experts == 28
     why = refusals(_step("a different number of experts in each layer"), grouped)
     assert set(why.values()) == {"all layers keep the same number of experts"}
