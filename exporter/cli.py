@@ -158,8 +158,9 @@ def _option(name: str, help: str | None) -> Callable[[_Function], _Function]:
 @main.command(epilog="Other commands: moe-export fits | inspect | pareto MODEL; moe-export validate FILE.")
 @click.argument("model", required=False)
 @_flags(*_EXPORT_FLAGS)
+@click.option("--verbose", is_flag=True, help="End with all figures, their intervals and floors.")
 @_progress_flags
-def export(quiet: bool, progress: str, **arguments: Any) -> None:
+def export(verbose: bool, quiet: bool, progress: str, **arguments: Any) -> None:
     """Compress MODEL (a folder, a hub id or a GGUF file; without it a small bundled model) to the memory BUDGET."""
     _refuse_unknown_family(arguments["model"])
     shown = _progress_view(quiet, progress)
@@ -185,7 +186,7 @@ def export(quiet: bool, progress: str, **arguments: Any) -> None:
     if job.json:
         click.echo(json.dumps(result.report, indent=1))
     else:
-        _print_result(result)
+        _print_result(result, verbose=verbose)
     _name_failures(result.failures)
     raise SystemExit(result.exit_code)
 
@@ -388,12 +389,16 @@ def _recipe_file(job: Any, budget: int | None) -> Path:
     return out.with_name(f"{name}{RECIPE_SUFFIX}")
 
 
-def _print_result(result: Any) -> None:
-    from validate.report import parts_summary, run_instructions, summary
+def _print_result(result: Any, *, verbose: bool) -> None:
+    from validate.report import run_instructions, short_summary, summary, where_the_rest_is
 
-    if "parts" in result.report:
-        _console().print(parts_summary(result.report["parts"]))
-        click.echo(f"{result.out} has a folder for each; README.md there is this table")
+    parts = result.report.get("parts")
+    if verbose and not parts:
+        _console().print(summary(result.report))
+        click.echo(run_instructions(result.report, result.out))
         return
-    _console().print(summary(result.report))
-    click.echo(run_instructions(result.report, result.out))
+    reports = parts or {"": result.report}
+    _console().print(short_summary(reports))
+    for name, report in reports.items() if verbose else ():
+        _console().print("", f"{result.out / name}:", summary(report), sep="\n")
+    click.echo(f"\n{where_the_rest_is(reports, result.out)}")
