@@ -34,7 +34,7 @@ def export(flags: Flags, *, announce: Callable[[str], None] = _nobody) -> Result
 
     Args:
         flags: the model, the budget, and every other choice.
-        announce: called with a text for each stage.
+        announce: called with lines that say where the run is: one for each stage, and one a minute.
 
     Returns:
         The output folder, and the data of its ``report.json``.
@@ -44,9 +44,10 @@ def export(flags: Flags, *, announce: Callable[[str], None] = _nobody) -> Result
             :mod:`compressors.model.errors`.
     """
     from exporter.planning.flags import command_of
+    from exporter.progress.views import PlainLines
     from exporter.run import run_job
 
-    return run_job(flags.job(), command_of(flags), announce)
+    return run_job(flags.job(), command_of(flags), PlainLines(announce))
 
 
 def inspect(model: str | Path, *, revision: str | None = None, offline: bool = False) -> dict[str, Any]:

@@ -97,6 +97,32 @@ _FOLDER = click.Path(path_type=Path)
 _DEFINITIONS = {definition.name: definition for definition in fields(Flags)}
 _TYPES = get_type_hints(Flags)
 
+
+def _progress_flags(function: _Function) -> _Function:
+    """The options of a long command that say how it shows where it is: they belong to no job."""
+    for option in (
+        click.option("--quiet", is_flag=True, help="Show no progress, only results and errors."),
+        click.option(
+            "--progress",
+            type=click.Choice(["auto", "json"]),
+            default="auto",
+            show_default=True,
+            help="json: an event a line on stderr (docs/progress.md).",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def _progress_view(quiet: bool, progress: str) -> Any:
+    """Shows a run on the standard error as these options ask for; use it in a ``with`` statement."""
+    from exporter.progress.views import view_on_stderr
+
+    if quiet and progress == "json":
+        raise InputError("--quiet: --progress json asks for progress; leave one of them out")
+    return view_on_stderr(lambda line: click.echo(line, err=True), quiet=quiet, as_json=progress == "json")
+
+
 _EXPORT_FLAGS = (
     *("budget", "budget_kind", "context", "kv_type", "formats", "out", "calibration", "text", "method", "experts"),
     *("student", "quant", "quantizer", "imatrix", "prefer", "plan_time", "recover", "recover_time", "require"),
@@ -143,9 +169,12 @@ def _option(name: str, help: str | None) -> Callable[[_Function], _Function]:
 @main.command(epilog="Other commands: moe-export fits | inspect | pareto MODEL; moe-export validate FILE.")
 @click.argument("model", required=False)
 @_flags(*_EXPORT_FLAGS)
-def export(**arguments: Any) -> None:
+@click.option("--verbose", is_flag=True, help="End with all figures, their intervals and floors.")
+@_progress_flags
+def export(verbose: bool, quiet: bool, progress: str, **arguments: Any) -> None:
     """Compress MODEL (a folder, a hub id or a GGUF file; without it a small bundled model) to the memory BUDGET."""
     _refuse_unknown_family(arguments["model"])
+    shown = _progress_view(quiet, progress)
     _refuse_choices_beside_a_recipe(arguments)
     with requests_wait():
         job = Flags(**arguments).job()  # it imports what it checks with
@@ -163,11 +192,12 @@ def export(**arguments: Any) -> None:
         if members is not None and not members.leads:
             follow(members)
             return
-        result = run_job(job, command, lambda text: click.echo(text, err=True), members)
+        with shown as view:
+            result = run_job(job, command, view, members)
     if job.json:
         click.echo(json.dumps(result.report, indent=1))
     else:
-        _print_result(result)
+        _print_result(result, verbose=verbose)
     _name_failures(result.failures)
     raise SystemExit(result.exit_code)
 
@@ -181,16 +211,19 @@ def export(**arguments: Any) -> None:
     text="Held-out text to measure on.",
     recover_time="Most time for recovery, for each size.",
 )
-def pareto(model: str | None, out: Path, sizes: str | None, **flags: Any) -> None:
+@_progress_flags
+def pareto(model: str | None, out: Path, sizes: str | None, quiet: bool, progress: str, **flags: Any) -> None:
     """Measure how MODEL's divergence grows as its GGUF file gets smaller, beside llama.cpp's presets."""
     _refuse_unknown_family(model)
+    shown = _progress_view(quiet, progress)
     with requests_wait():
         from exporter.curve.command import DEFAULT_SIZES, run_pareto
         from exporter.curve.table import pareto_table
 
     click.get_current_context().meta[_GOES_ON] = True
     command = shlex.join([_program(), *sys.argv[1:]])
-    rows = run_pareto(model, sizes or DEFAULT_SIZES, out, flags, command, lambda text: click.echo(text, err=True))
+    with shown as view:
+        rows = run_pareto(model, sizes or DEFAULT_SIZES, out, flags, command, view)
     _console().print(pareto_table(rows))
     click.echo(f"table and plot: {out}")
 
@@ -370,12 +403,16 @@ def _recipe_file(job: Any, budget: int | None) -> Path:
     return out.with_name(f"{name}{RECIPE_SUFFIX}")
 
 
-def _print_result(result: Any) -> None:
-    from validate.report import parts_summary, run_instructions, summary
+def _print_result(result: Any, *, verbose: bool) -> None:
+    from validate.report import run_instructions, short_summary, summary, where_the_rest_is
 
-    if "parts" in result.report:
-        _console().print(parts_summary(result.report["parts"]))
-        click.echo(f"{result.out} has a folder for each; README.md there is this table")
+    parts = result.report.get("parts")
+    if verbose and not parts:
+        _console().print(summary(result.report))
+        click.echo(run_instructions(result.report, result.out))
         return
-    _console().print(summary(result.report))
-    click.echo(run_instructions(result.report, result.out))
+    reports = parts or {"": result.report}
+    _console().print(short_summary(reports))
+    for name, report in reports.items() if verbose else ():
+        _console().print("", f"{result.out / name}:", summary(report), sep="\n")
+    click.echo(f"\n{where_the_rest_is(reports, result.out)}")

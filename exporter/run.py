@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from exporter.planning.job import Job
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import texts_of
 from exporter.planning.preflight import (
+    described_needs,
     refuse_too_large_rungs,
     refuse_too_little_disk,
     refuse_too_little_memory,
@@ -31,6 +32,8 @@ from exporter.planning.preflight import (
 )
 from exporter.planning.recipe import TextChoice, recipe_yaml
 from exporter.processes.team import Team
+from exporter.progress.events import View
+from exporter.progress.run_progress import RunProgress
 from exporter.publishing.json_text import json_text
 from exporter.publishing.model_name import local_path
 from exporter.publishing.outputs import Outputs, publish_folder, reserved
@@ -70,13 +73,13 @@ class Result:
         return [failure for report in self.reports for failure in failures(report)]
 
 
-def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team | None = None) -> Result:
+def run_job(job: Job, command: str, view: View, team: Team | None = None) -> Result:
     """Runs the parts of the job that are not done yet.
 
     Args:
         job: the job.
         command: the command as it was typed, for the report.
-        announce: called with a text for each stage.
+        view: shows what happens.
         team: the other processes, if torchrun started several; this one leads.
 
     Raises:
@@ -92,16 +95,21 @@ def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team 
         refuse_too_little_disk([part.plan for part in parts], work.folder, job.out)
         for part in parts:
             _refuse_too_little_memory(part.plan)
+    progress = RunProgress(view)
     with reserved(job.out), work.lock():
         if job.out.exists():  # another run has just published it
             return _already_published(job, identity)
         work.claim(identity)
         save_plans(parts)
-        built = [found for part in parts for found in _searched(part, announce, team)]
+        _announce_needs([part.plan for part in parts], work, progress)
+        _announce_time(parts, progress)
+        built = [found for part in parts for found in _searched(part, progress, team)]
+        if len(built) > 1 or parts[0].plan.search is not None:  # more is known now
+            _announce_time(built, progress)
         reports = {}
         for part in built:
             kept = () if part is built[-1] else OF_ALL_FILES
-            reports[part.name] = _built(part, identity, announce, team, kept)
+            reports[part.name] = _built(part, identity, progress, team, kept)
         report = _published(job, work, reports) if len(built) > 1 else reports[built[0].name]
         work.remove()
     return Result(report, job.out)
@@ -121,20 +129,25 @@ def _parts(job: Job, command: str, work: WorkDirectory, identity: dict[str, Any]
 
 
 def _refuse_too_little_memory(plan: Plan) -> None:
-    least = memory_lines(plan.teacher_spec, plan.student_spec, plan.open_source().storage_type.itemsize)
-    refuse_too_little_memory(least, plan.memory_bytes, psutil.virtual_memory().available)
+    refuse_too_little_memory(_least_memory(plan), plan.memory_bytes, psutil.virtual_memory().available)
     refuse_too_large_rungs(plan)
 
 
-def _searched(part: Part, announce: Callable[[str], None], team: Team | None) -> list[Part]:
+def _least_memory(plan: Plan) -> dict[str, int]:
+    return memory_lines(plan.teacher_spec, plan.student_spec, plan.open_source().storage_type.itemsize)
+
+
+def _announce_needs(plans: Sequence[Plan], work: WorkDirectory, progress: RunProgress) -> None:
+    least = max(sum(_least_memory(plan).values()) for plan in plans)
+    for line in described_needs(plans, work.folder, least, psutil.virtual_memory().available):
+        progress.say(line)
+
+
+def _searched(part: Part, progress: RunProgress, team: Team | None) -> list[Part]:
     """Returns the part itself if its recipe stands, or the parts that the search finds for it."""
     if part.plan.search is None:
         return [part]
-    stages = search_stages(part.plan)
-    if to_do := unfinished(part.plan, part.work, stages):
-        rest = [stage.name for stage in stages_of(part.plan)]
-        announce(_time_to_go(part.plan, {*to_do, *rest}))
-    run_stages(part.plan, part.work, stages, announce, team)
+    run_stages(part.plan, part.work, search_stages(part.plan), progress, team)
     found = found_parts(part)
     save_plans(found)
     return found
@@ -143,7 +156,7 @@ def _searched(part: Part, announce: Callable[[str], None], team: Team | None) ->
 def _built(
     part: Part,
     identity: dict[str, Any],
-    announce: Callable[[str], None],
+    progress: RunProgress,
     team: Team | None,
     kept: Collection[str],
 ) -> dict[str, Any]:
@@ -152,17 +165,14 @@ def _built(
     The files of the stages in ``kept`` stay, for other parts.
     """
     plan, work, stages = part.plan, part.work, stages_of(part.plan)
-    to_do = unfinished(plan, work, stages)
     if plan.out.exists():  # one of several, from an earlier attempt
-        if not to_do:
+        if not unfinished(plan, work, stages):
             return read_json(plan.out / REPORT)
         shutil.rmtree(plan.out)  # the search was repeated since, and found something else
     if part.name:
-        announce(part.name)
-    if to_do:
-        announce(_time_to_go(plan, to_do))
-    records = run_stages(plan, work, stages, announce, team, kept)
-    announce("write the report")
+        progress.say(part.name)
+    records = run_stages(plan, work, stages, progress, team, kept)
+    progress.say("write the report")
     work = work.opening(OF_THE_REPORT)
     outputs = Outputs(plan, work)
     artifacts = outputs.collect()
@@ -185,10 +195,30 @@ def _published(job: Job, work: WorkDirectory, reports: Mapping[str, dict[str, An
     return report
 
 
-def _time_to_go(plan: Plan, stages: Collection[str]) -> str:
-    """An estimate for these stages. It is only announced, not recorded: outputs must not depend on it."""
-    seconds = seconds_by_stage(plan, measure_speeds(plan), psutil.virtual_memory().available)
-    return f"time to go: {describe_time({stage: seconds[stage] for stage in stages if stage in seconds})}"
+def _announce_time(parts: Sequence[Part], progress: RunProgress) -> None:
+    """Estimates the time of the stages to come. It is only announced, not recorded: outputs must not depend on it."""
+    stages = {folder: part for part in parts for folder in _stages_to_come(part)}  # parts share some
+    if not stages:
+        return
+    speeds, free_memory = measure_speeds(parts[0].plan), psutil.virtual_memory().available
+    seconds = {part.name: seconds_by_stage(part.plan, speeds, free_memory) for part in parts}
+    to_come = {folder: seconds[part.name].get(folder.name, 0.0) for folder, part in stages.items()}
+    progress.expect(to_come)
+    by_name: dict[str, float] = {}
+    for folder, value in to_come.items():
+        by_name[folder.name] = by_name.get(folder.name, 0.0) + value
+    progress.say(f"time to go: {describe_time(by_name)}")
+
+
+def _stages_to_come(part: Part) -> list[Path]:
+    """The folders of a part's stages that are still to be run."""
+    plan, work = part.plan, part.work
+    stages = stages_of(plan) if plan.search is None else search_stages(plan)
+    to_do = [work.stage(name) for name in unfinished(plan, work, stages)]
+    if plan.search is not None and to_do:  # nobody knows yet what the search will find: probably one student
+        return to_do + [work.stage(stage.name) for stage in stages_of(plan) if stage not in stages]
+    found = [] if plan.search is None else found_parts(part)
+    return to_do + [folder for one in found for folder in _stages_to_come(one)]
 
 
 def job_identity(job: Job) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import click
 from exporter.planning.flags import Flags
 from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import recipe_yaml
+from exporter.progress.views import PlainLines
 from exporter.run import run_job
 
 __all__ = ["Bar", "bars", "markdown"]
@@ -146,7 +147,8 @@ def main(model: Path, threads: int) -> None:
         plan = make_plan(Flags(**common, **_CHOICES).job(), _COMMAND)
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(recipe_yaml(plan.recipe), encoding="utf-8")
-        report = run_job(Flags(**common, recipe=recipe).job(), _COMMAND, lambda text: print(text, flush=True)).report
+        view = PlainLines(lambda text: print(text, flush=True))
+        report = run_job(Flags(**common, recipe=recipe).job(), _COMMAND, view).report
     _RESULTS.write_text(markdown(report), encoding="utf-8")
     missed = [bar for bar in bars(report) if not bar.is_met]
     for bar in missed:

@@ -15,6 +15,8 @@ from exporter.pipeline.running import run_stages
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
 from exporter.processes.progress import Progress
+from exporter.progress.run_progress import RunProgress
+from exporter.progress.views import PlainLines
 from exporter.searching.curve import ParetoFiles, described_structure
 from exporter.stages.inputs import token_blocks, use_threads
 from exporter.stages.table import PARETO
@@ -44,11 +46,11 @@ def searched_files(subject: Subject) -> ParetoFiles:
         work.folder.mkdir(parents=True, exist_ok=True)
         make_plan(job, "benchmarks.pareto").save(work.plan_path)
     plan = work.plan()
-    run_stages(plan, work, pareto_stages()[:-1], print)
+    run_stages(plan, work, pareto_stages()[:-1], RunProgress(PlainLines(print)))
     use_threads(plan)
     output = work.folder / "curve"
     output.mkdir(exist_ok=True)
-    return ParetoFiles(StageContext.of(PARETO, plan, work, Progress(silent=True), output))
+    return ParetoFiles(StageContext.of(PARETO, plan, work, Progress(), output))
 
 
 def _work(subject: Subject) -> WorkDirectory:

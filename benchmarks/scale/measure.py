@@ -31,6 +31,8 @@ from exporter.pipeline.running import run_stages
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
+from exporter.progress.run_progress import RunProgress
+from exporter.progress.views import show_nothing
 from exporter.work.directory import StageRecord, WorkDirectory
 from exporter.work.stage import Stage
 
@@ -108,7 +110,7 @@ def _stage_costs(run: ScaleRun, folder: Path, announce: Callable[[str], None]) -
         if run.cold:
             _drop_from_page_cache(source)
         before = _io_counters()
-        records = run_stages(plan, work, stages[:number], lambda text: None)
+        records = run_stages(plan, work, stages[:number], RunProgress(show_nothing))
         yield _cost(stage, work, records[stage.name], before)
     shutil.rmtree(work.folder)
 

@@ -6,7 +6,7 @@ The files of every size are made by the stages of an export, measured in llama.c
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
 from exporter.planning.preflight import refuse_too_little_disk
+from exporter.progress.events import View
+from exporter.progress.run_progress import RunProgress
 from exporter.publishing.outputs import publish_folder, reserved
 from exporter.run import job_identity
 from exporter.searching.outlook import refuse_unless_something_fits
@@ -61,7 +63,7 @@ class _Curve:
 
 
 def run_pareto(
-    model: str | None, sizes: str, out: Path, flags: Mapping[str, Any], command: str, announce: Callable[[str], None]
+    model: str | None, sizes: str, out: Path, flags: Mapping[str, Any], command: str, view: View
 ) -> list[ParetoRow]:
     """Measures whatever is not measured yet, and writes a table and a plot into ``out``.
 
@@ -72,7 +74,7 @@ def run_pareto(
         out: a folder that does not exist yet.
         flags: the flags of an export that apply (:class:`~exporter.planning.flags.Flags`).
         command: the command as it was typed.
-        announce: called with a text for each stage.
+        view: shows what happens.
 
     Raises:
         MoeExportError: a flag is wrong, nothing is as small as a size, or a stage failed; finished work stays.
@@ -87,7 +89,7 @@ def run_pareto(
         work.claim(curve.identity)
         if not work.plan_path.exists():
             plan.save(work.plan_path)
-        run_stages(plan, work, pareto_stages(), announce)
+        run_stages(plan, work, pareto_stages(), RunProgress(view))
         rows = RowFile(work.path("pareto", ROWS)).rows
         publish_curve(rows, work, job.out)
         work.remove()

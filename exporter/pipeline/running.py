@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from compressors.model.errors import InputError, MoeExportError
 from exporter.pipeline.order import fingerprints, needless
 from exporter.pipeline.stage_process import Death, run_in_process, source_error
 from exporter.planning.plan import Plan
+from exporter.processes.progress import Count
 from exporter.processes.team import Team
+from exporter.progress.run_progress import RunProgress
 from exporter.stages.table import CALIBRATE
 from exporter.work.directory import StageRecord, WorkDirectory
 from exporter.work.input_state import SourceState
@@ -34,7 +36,7 @@ def run_stages(
     plan: Plan,
     work: WorkDirectory,
     stages: Sequence[Stage],
-    announce: Callable[[str], None],
+    progress: RunProgress,
     team: Team | None = None,
     kept: Collection[str] | None = None,
 ) -> dict[str, StageRecord]:
@@ -44,7 +46,7 @@ def run_stages(
         plan: the plan.
         work: its work.
         stages: the stages, in their order.
-        announce: called with a text for each stage.
+        progress: is told what happens.
         team: other processes, which take part in the stages that can be shared.
         kept: the stages whose files stay, because others than these stages need them; of the rest a file is removed
             when neither a stage to come nor the report reads it. None: all files stay.
@@ -55,20 +57,24 @@ def run_stages(
     """
     source, touched = source_of_run(plan, work)
     if touched is not None:
-        announce(f"{plan.source}: {touched} since this run began: starting again from {CALIBRATE.name}")
+        progress.say(f"{plan.source}: {touched} since this run began: starting again from {CALIBRATE.name}")
     source.save(work.source_path)
     expected = fingerprints(plan, stages, source)
     records: dict[str, StageRecord] = {}
     to_do = _to_do(work, stages, expected)
     few = len(to_do) <= _FEW
+    for is_done in (True, False):
+        known = (work.stage(stage.name) for stage in stages if (stage.name not in to_do) == is_done)
+        progress.expect_also(known, done=is_done)
     for number, stage in enumerate(stages, start=1):
         record = None if stage.name in to_do else work.record(stage.name)
         if record is not None:
-            announce(f"[{number}/{len(stages)}] {stage.what}: done already")
+            progress.done_already(work.stage(stage.name), stage.what)
         else:
-            announce(f"[{number}/{len(stages)}] {stage.what}")
-            record = _run(stage, plan, work, expected[stage.name], team if stage.shared else None, alone=few)
-            announce(f"      {record.seconds:.0f} s, {record.peak_rss_bytes / 1e6:.0f} MB")
+            progress.begin(work.stage(stage.name), stage.what)
+            members = team if stage.shared else None
+            record = _run(stage, plan, work, expected[stage.name], members, count=progress.advance, alone=few)
+            progress.end(record.seconds, record.peak_rss_bytes)
         records[stage.name] = record
         if kept is not None:
             to_come = [other for other in stages[number:] if other.name in to_do]
@@ -129,12 +135,13 @@ def unfinished(plan: Plan, work: WorkDirectory, stages: Sequence[Stage]) -> list
 
 
 def _run(
-    stage: Stage, plan: Plan, work: WorkDirectory, fingerprint: str, team: Team | None, *, alone: bool
+    stage: Stage, plan: Plan, work: WorkDirectory, fingerprint: str, team: Team | None, *, count: Count, alone: bool
 ) -> StageRecord:
     with work.stage_lock():
         work.begin(stage.name, fingerprint, resumes=stage.resumes)
     start = time.monotonic()
-    end = run_in_process(work, stage.name, None if team is None else team.call(_call(work, stage)), alone=alone)
+    call = None if team is None else team.call(_call(work, stage))
+    end = run_in_process(work, stage.name, call, alone=alone, count=count)
     seconds = time.monotonic() - start
     if isinstance(end, Death):
         record = StageRecord(fingerprint, seconds, 0, crash=_crash(stage, plan, work, end))

@@ -21,7 +21,7 @@ from compressors.model.errors import InputError, MoeExportError
 from compressors.model.files.raw_file import bytes_read
 from exporter.planning.plan import Plan
 from exporter.processes.child_process import Child, Death, run_child
-from exporter.processes.progress import Progress, restore_terminal
+from exporter.processes.progress import Count, Progress
 from exporter.processes.surroundings import Surroundings
 from exporter.stages.table import ALL_STAGES
 from exporter.work.directory import WorkDirectory
@@ -35,6 +35,10 @@ from validate.runtimes.lifetime import end_with_creator
 __all__ = ["Death", "Outcome", "run_in_process", "run_stage", "source_error"]
 
 
+_COUNT = "count"
+"""The key of a message that says how far the stage is: unit, units done, total."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The result of a stage."""
@@ -46,8 +50,17 @@ class Outcome:
     is_finding: bool = False  # an error tells about a runtime, not about this program
 
 
+def _nobody(_unit: str, _done: int, _total: int) -> None:
+    """Hears a count and does nothing."""
+
+
 def run_in_process(
-    work: WorkDirectory, stage: str, group: str | None = None, *, alone: bool = False
+    work: WorkDirectory,
+    stage: str,
+    group: str | None = None,
+    *,
+    alone: bool = False,
+    count: Count = _nobody,
 ) -> Outcome | Death:
     """Runs a stage in a process of its own and returns its outcome.
 
@@ -58,12 +71,18 @@ def run_in_process(
         stage: the stage's name.
         group: the group of processes that share the stage, if there is one.
         alone: True if few stages follow, so that the server would import more than it saves.
+        count: is called with what the stage counts.
     """
     outcomes: list[Outcome] = []
-    child = Child(run_stage, (work, stage, group), alone=alone)
-    death = run_child(child, lambda message: outcomes.append(Outcome(**json.loads(message))))
-    if not outcomes:
-        restore_terminal()
+
+    def take(message: bytes) -> None:
+        content = json.loads(message)
+        if _COUNT in content:
+            count(*content[_COUNT])
+        else:
+            outcomes.append(Outcome(**content))
+
+    death = run_child(Child(run_stage, (work, stage, group), alone=alone), take)
     return outcomes[0] if outcomes else death
 
 
@@ -86,14 +105,21 @@ def source_error(plan: Plan, work: WorkDirectory) -> InputError | None:
 def run_stage(
     work: WorkDirectory, name: str, group: str | None, surroundings: Surroundings, answer: Connection[bytes, None]
 ) -> None:
-    """Runs in the stage's process: writes into ``STAGE.partial``, and answers with an outcome, as a JSON object."""
+    """Runs in the stage's process: writes into ``STAGE.partial``, and answers with an outcome, as a JSON object.
+
+    Before that it sends what it counts.
+    """
+
+    def tell(unit: str, done: int, total: int) -> None:
+        answer.send_bytes(json.dumps({_COUNT: (unit, done, total)}).encode())
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the run answers it, and ends this
     surroundings.enter()
     error: MoeExportError | None = None
     try:
         with _place(work, group):
             end_with_creator()  # with the lock held: from here on the next run waits for this process
-            error = _run(work, name, group)
+            error = _run(work, name, group, Progress() if _follows(group) else Progress(tell))
     except MoeExportError as refusal:
         error = refusal
     measured = Outcome(peak_rss_bytes(), _source_bytes(work))
@@ -117,17 +143,21 @@ def _source_bytes(work: WorkDirectory) -> int:
 
 def _place(work: WorkDirectory, group: str | None) -> AbstractContextManager[None]:
     """The lock on the partial folder; in a group, the first process holds it for all."""
-    return work.stage_lock() if group is None or os.environ["RANK"] == "0" else nullcontext()
+    return nullcontext() if _follows(group) else work.stage_lock()
 
 
-def _run(work: WorkDirectory, name: str, group: str | None) -> MoeExportError | None:
+def _follows(group: str | None) -> bool:
+    """True for all processes of a group but the first."""
+    return group is not None and os.environ["RANK"] != "0"
+
+
+def _run(work: WorkDirectory, name: str, group: str | None, progress: Progress) -> MoeExportError | None:
     plan = work.plan()
     changed = source_error(plan, work)
     if changed is not None:
         return changed
-    shows_progress = group is None or os.environ["RANK"] == "0"
     (stage,) = (stage for stage in ALL_STAGES if stage.name == name)
-    context = StageContext.of(stage, plan, work, Progress(silent=not shows_progress))
+    context = StageContext.of(stage, plan, work, progress)
     error: MoeExportError | None = None
     try:
         with nullcontext() if group is None else _joined(group, plan):

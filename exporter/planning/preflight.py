@@ -23,6 +23,7 @@ from validate.metrics.generation import NEW_TOKENS, PROMPT_TOKENS
 from validate.runtimes.cost import LEAST_CONTEXT
 
 __all__ = [
+    "described_needs",
     "refuse_too_large_rungs",
     "refuse_too_little_disk",
     "refuse_too_little_memory",
@@ -60,13 +61,31 @@ def refuse_too_little_disk(plans: Sequence[Plan], work_folder: Path, out: Path) 
     Raises:
         InputError: the disk is too small.
     """
-    lines = disk_lines(plans[0], _not_finished(work_folder)) if len(plans) == 1 else disk_lines_of_all(plans)
+    lines = _disk_lines(plans, work_folder)
     needed = sum(lines.values()) - _bytes_below(work_folder)
     work_place, out_place = _nearest_folder(work_folder), _nearest_folder(out)
     _refuse_too_little(work_place, needed, lines, "choose another --work-dir and --out")
     if work_place.stat().st_dev != out_place.stat().st_dev:  # the output is copied there
         copied = dict(sum((Counter(output_lines(plan)) for plan in plans), Counter[str]()))
         _refuse_too_little(out_place, sum(copied.values()), copied, "choose another --out")
+
+
+def described_needs(plans: Sequence[Plan], work_folder: Path, least_memory: int, free_memory: int) -> list[str]:
+    """The needs of a run against what is there, a line for memory and one for the disk.
+
+    Args:
+        plans: the plans of all budgets.
+        work_folder: the folder for all unfinished work.
+        least_memory: the least memory that the stages need, in bytes.
+        free_memory: the machine's free memory, in bytes.
+    """
+    disk = max(0, sum(_disk_lines(plans, work_folder).values()) - _bytes_below(work_folder))
+    free_disk = shutil.disk_usage(_nearest_folder(work_folder)).free
+    return [
+        f"memory: at least {format_size(least_memory)}; this run takes up to {format_size(plans[0].memory_bytes)} "
+        f"(--memory), {format_size(free_memory)} are free",
+        f"disk: up to {format_size(disk)} in {work_folder}; {format_size(free_disk)} are free",
+    ]
 
 
 def spare_disk(plan: Plan, work_folder: Path) -> int:
@@ -135,6 +154,10 @@ def _refuse_too_little(place: Path, needed: int, lines: Mapping[str, int], inste
             f"{place} has {format_size(free)} free, and the run puts up to {format_size(needed)} there "
             f"({_listed(lines)}); free space, {instead}, or use --force"
         )
+
+
+def _disk_lines(plans: Sequence[Plan], work_folder: Path) -> dict[str, int]:
+    return disk_lines(plans[0], _not_finished(work_folder)) if len(plans) == 1 else disk_lines_of_all(plans)
 
 
 def _listed(lines: Mapping[str, int]) -> str:

@@ -25,7 +25,6 @@ from typing import Any
 
 from compressors.model import families
 from exporter.processes.fork_server import ensure_server
-from exporter.processes.progress import restore_terminal
 from exporter.processes.surroundings import STDERR, Surroundings
 
 __all__ = ["Child", "Death", "run_child", "start_server"]
@@ -149,7 +148,6 @@ def _end(process: BaseProcess, child: Child) -> None:
         if process.exitcode is None:
             process.kill()
             process.join()
-        restore_terminal()
 
 
 def _context() -> ForkServerContext | SpawnContext:

@@ -1,4 +1,4 @@
-"""Shows a stage's progress on stderr: a bar on a terminal; elsewhere, such as in a log, a line a minute."""
+"""Counts what a stage's process does, and tells the run, which shows it."""
 
 from __future__ import annotations
 
@@ -6,93 +6,55 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.control import Control
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
-from rich.segment import ControlType
+__all__ = ["Count", "Progress"]
 
-from exporter.estimating.durations import format_duration
-from exporter.estimating.sizes import format_size
+_SECONDS_BETWEEN_COUNTS = 0.2
 
-__all__ = ["Progress", "ProgressLines", "restore_terminal"]
+Count = Callable[[str, int, int], None]
+"""Takes the unit of what is counted, the number of units that are done, and their total."""
 
-_SECONDS_BETWEEN_LINES = 60
-_BYTES = "bytes"
+
+def _untold(_unit: str, _done: int, _total: int) -> None:
+    """Tells nobody."""
 
 
 class Progress:
-    """Makes one bar at a time; a ``silent`` one shows nothing."""
-
-    def __init__(self, *, silent: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=silent)
-
-    @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar of ``total`` steps, layers or ``bytes``; yields the function that advances it."""
-        if not self._console.is_terminal:
-            yield ProgressLines(what, total, lambda line: self._console.print(line, highlight=False)).advance
-            return
-        count: ProgressColumn = DownloadColumn() if what == _BYTES else MofNCompleteColumn()
-        columns = (TextColumn("  {task.description}"), BarColumn(), count, TimeRemainingColumn())
-        with RichProgress(*columns, console=self._console, transient=True) as progress:
-            task = progress.add_task(what, total=total)
-            yield lambda steps: progress.advance(task, steps)
-
-
-class ProgressLines:
-    """Reports progress, at most once a minute.
+    """Counts one thing at a time.
 
     Args:
-        what: the name of the things that are counted.
-        total: the number of them.
-        say: prints a line.
+        tell: is called with each count, but not more often than a person can see.
         clock: returns the time in seconds.
     """
 
-    def __init__(
-        self, what: str, total: int, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._what = what
-        self._total = total
-        self._say = say
+    def __init__(self, tell: Count = _untold, clock: Callable[[], float] = time.monotonic) -> None:
+        self._tell = tell
+        self._clock = clock
+
+    @contextmanager
+    def bar(self, unit: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Counts ``total`` steps, layers or ``bytes``; yields the function that is called with the next ones."""
+        counter = _Counter(unit, total, self._tell, self._clock)
+        yield counter.advance
+
+
+class _Counter:
+    """Tells the first count, the last, and between them some."""
+
+    def __init__(self, unit: str, total: int, tell: Count, clock: Callable[[], float]) -> None:
+        self._unit, self._total = unit, total
+        self._tell = tell
         self._clock = clock
         self._done = 0
-        self._said_at = clock()
-        self._begun: tuple[float, int] | None = None  # time and number of the first counted steps
+        self._told_at = clock()
+        tell(unit, 0, total)
 
     def advance(self, steps: int) -> None:
         """Counts steps that were done."""
+        if not steps:
+            return
+        is_first = self._done == 0
         self._done += steps
         now = self._clock()
-        if self._begun is None:  # they may be an earlier attempt's, which says nothing about speed
-            self._begun = now, self._done
-        if now - self._said_at >= _SECONDS_BETWEEN_LINES and self._done < self._total:
-            self._said_at = now
-            self._say(f"      {self._position()}{self._time_left(now)}")
-
-    def _position(self) -> str:
-        if self._what == _BYTES:
-            return f"{format_size(self._done)} of {format_size(self._total)}"
-        return f"{self._what}: {self._done} of {self._total}"
-
-    def _time_left(self, now: float) -> str:
-        assert self._begun is not None
-        start, done = self._begun
-        if self._done == done:
-            return ""
-        return f", about {format_duration((now - start) / (self._done - done) * (self._total - self._done))} left"
-
-
-def restore_terminal() -> None:
-    """Removes the rest of a bar whose process was ended while it drew."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)), Control.show_cursor(True))
+        if is_first or self._done >= self._total or now - self._told_at >= _SECONDS_BETWEEN_COUNTS:
+            self._told_at = now
+            self._tell(self._unit, self._done, self._total)

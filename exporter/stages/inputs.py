@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
 from compressors.calibration.statistics import Importance, StoredStatistics, importance, importance_of_kept
 from compressors.model.description.spec import ModelSpec
+from compressors.model.files.tokenizer_files import load_tokenizer
 from compressors.model.predictions.head_inputs import HeadInputs, RemadeLogProbs
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.gguf import GgufWeights
@@ -23,6 +27,7 @@ from exporter.stages.finished import artifact_path, heldout_domains, open_studen
 from exporter.work.directory import WorkDirectory
 from exporter.work.stage import StageContext
 from exporter.writing.gguf.imatrix import read_imatrix
+from validate.metrics.generation import GeneratedTexts, example_of, generation_figures
 
 __all__ = [
     "Blocks",
@@ -36,6 +41,7 @@ __all__ = [
     "student_of_files",
     "teacher_predictions",
     "teacher_statistics",
+    "text_figures",
     "token_blocks",
     "use_threads",
     "written_weights",
@@ -63,6 +69,13 @@ class Blocks:
 def token_blocks(work: WorkDirectory) -> Blocks:
     """The token blocks that calibration cut the texts into."""
     return Blocks.load(work.path("calibrate", BLOCKS))
+
+
+def text_figures(plan: Plan, prompts_PT: npt.NDArray[np.int64], texts: GeneratedTexts) -> dict[str, Any]:
+    """The report's figures of the texts that a model wrote, and one of them to read."""
+    tokenizer = load_tokenizer(plan.open_source().tokenizer_folder)
+    example = example_of(prompts_PT, texts, plan.end_tokens, lambda tokens: str(tokenizer.decode(tokens)))
+    return generation_figures(texts, plan.end_tokens) | {"example": example}
 
 
 def teacher_predictions(plan: Plan, work: WorkDirectory, split: StageFile) -> RemadeLogProbs:

@@ -12,7 +12,7 @@ import torch
 from exporter.pipeline import running
 from exporter.pipeline.stage_process import Outcome
 from exporter.planning.plan import Plan
-from exporter.processes.progress import Progress
+from exporter.processes.progress import Count, Progress
 from exporter.stages.table import ALL_STAGES
 from exporter.work.directory import WorkDirectory
 from exporter.work.stage import Stage, StageContext
@@ -22,7 +22,7 @@ def run_stage(stage: Stage, plan: Plan, work: WorkDirectory) -> Path:
     """Runs a stage where an attempt before may have been; returns its folder, which counts as finished."""
     folder = work.stage(stage.name)
     folder.mkdir(parents=True, exist_ok=True)
-    stage.run(StageContext.of(stage, plan, work, Progress(silent=True), folder))
+    stage.run(StageContext.of(stage, plan, work, Progress(), folder))
     return folder
 
 
@@ -44,7 +44,7 @@ def stages_in_this_process() -> Iterator[None]:
         yield
 
 
-def _run_here(work: WorkDirectory, name: str, _group: None, *, alone: bool) -> Outcome:
+def _run_here(work: WorkDirectory, name: str, _group: None, *, alone: bool, count: Count) -> Outcome:
     (stage,) = (stage for stage in ALL_STAGES if stage.name == name)
-    stage.run(StageContext.of(stage, work.plan(), work, Progress(silent=True)))
+    stage.run(StageContext.of(stage, work.plan(), work, Progress(count)))
     return Outcome(peak_rss_bytes=1)

@@ -28,6 +28,7 @@ __all__ = [
     "PROMPT_TOKENS",
     "GeneratedTexts",
     "TextFigures",
+    "example_of",
     "generate_texts",
     "generation_figures",
     "greedy",
@@ -117,14 +118,44 @@ def generation_figures(texts: GeneratedTexts, end_of_text: Sequence[int]) -> dic
     }
 
 
-def _figures(texts_PN: npt.NDArray[np.int64], end_of_text: Iterable[int]) -> TextFigures:
+def example_of(
+    prompts_PT: npt.NDArray[np.int64],
+    texts: GeneratedTexts,
+    end_of_text: Sequence[int],
+    decode: Callable[[list[int]], str],
+) -> dict[str, Any]:
+    """One prompt and a model's texts after it, as plain data: the middle one, whatever the models write.
+
+    Args:
+        prompts_PT: the prompts.
+        texts: the texts after them.
+        end_of_text: the tokens that end a text.
+        decode: turns tokens into text.
+    """
+    middle = len(prompts_PT) // 2
+    greedy, sampled = (
+        _until_end(texts_PN[middle].tolist(), end_of_text) for texts_PN in (texts.greedy_PN, texts.sampled_PN)
+    )
+    return {
+        "prompt": decode(prompts_PT[middle].tolist()),
+        "greedy": decode(greedy),
+        "greedy_loops": loops(greedy),
+        "sampled": decode(sampled),
+    }
+
+
+def _until_end(tokens: list[int], end_of_text: Iterable[int]) -> list[int]:
+    """The tokens before the first that ends a text."""
     ends = set(end_of_text)
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
+
+
+def _figures(texts_PN: npt.NDArray[np.int64], end_of_text: Iterable[int]) -> TextFigures:
     n_loops = n_ended = 0
     repeats = []
     for tokens in texts_PN.tolist():
-        stops = [index for index, token in enumerate(tokens) if token in ends]
-        text = tokens[: stops[0]] if stops else tokens
-        n_ended += bool(stops)
+        text = _until_end(tokens, end_of_text)
+        n_ended += len(text) < len(tokens)
         n_loops += loops(text)
         repeats.append(longest_repeat(text))
     n_texts = len(repeats)

@@ -11,6 +11,7 @@ import yaml
 
 from validate.metrics.bootstrap import CONFIDENCE
 from validate.report import charts, facts, heat_map, numbers, tables, use
+from validate.report.continuation import continuation
 from validate.report.domains import domain_table
 from validate.report.facts import Report, find
 from validate.report.floors import FLOOR_SENTENCE, floor_table
@@ -97,6 +98,7 @@ def _view(report: Report) -> dict[str, Any]:
         "trained": use.trained_sentence(report),
         "last_words_table": use.last_words_table(report),
         "generation_table": use.generation_table(report),
+        "continuation": continuation({"": report}),
         "original_texts": use.original_texts(report),
         "check_table": tables.check_table(report),
         "command": report.get("command"),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from validate.report import facts, numbers
 from validate.report.facts import Report, find
 
-__all__ = ["parts_summary", "render_parts"]
+__all__ = ["parts_table", "render_parts"]
 
 _COLUMNS = ("output", "file", "size", "bits", "divergence", "same top", "perplexity", "verdict")
 
@@ -39,14 +37,14 @@ def render_parts(reports: Mapping[str, Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parts_summary(reports: Mapping[str, Report]) -> RenderableType:
+def parts_table(reports: Mapping[str, Report]) -> Table:
     """Returns the same table for the terminal."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for number, column in enumerate(_COLUMNS):
         table.add_column(column, justify="left" if number < 2 else "right")
     for row in _rows(reports):
         table.add_row(*row)
-    return Group(Text(facts.model_name(next(iter(reports.values()))), "bold"), Text(), table, Text())
+    return table
 
 
 def _rows(reports: Mapping[str, Report]) -> Iterator[tuple[str, ...]]:

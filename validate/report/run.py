@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from compressors.model.files.gguf.kv_types import KV_TYPES, is_quantized
@@ -16,6 +17,7 @@ __all__ = [
     "onnx_folder",
     "onnxruntime_example",
     "run_instructions",
+    "where_the_rest_is",
 ]
 
 _PROMPT = "The history of"
@@ -99,6 +101,18 @@ def run_instructions(report: Report, out: Path) -> str:
             example = onnxruntime_example(report, onnx_folder(path))
             paragraphs.append(f"Run the ONNX folder (Python; onnxruntime-genai loads it too):\n{example}")
     return "\n\n".join(paragraphs)
+
+
+def where_the_rest_is(reports: Mapping[str, Report], out: Path) -> str:
+    """Says which files show all figures, and which say how to run the result.
+
+    Args:
+        reports: the report of each output, by the name of its folder below ``out``; a single output's name is empty.
+        out: the output folder, as the user named it.
+    """
+    pages = ", ".join(str(out / name / "report.html") for name in reports)
+    cards = ", ".join(str(out / name / "README.md") for name in reports)
+    return f"All figures, with intervals and floors: {pages}\nHow to run the files: {cards}"
 
 
 def onnx_folder(path: Path) -> Path:

@@ -20,12 +20,12 @@ import torch
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from exporter.estimating.planned_types import same_numbers
 from exporter.file_names import EVALUATION, HELDOUT_PREDICTIONS, LOG_PROBS, MEASUREMENT
-from exporter.stages.inputs import artifact_path, teacher_predictions, token_blocks
+from exporter.stages.inputs import artifact_path, teacher_predictions, text_figures, token_blocks
 from exporter.stages.judge.reference import router_inputs, same_weights
 from exporter.work.stage import StageContext
 from validate.metrics.evaluation import evaluate
 from validate.metrics.figures import fidelity_figures
-from validate.metrics.generation import generate_texts, generation_figures, prompts_of
+from validate.metrics.generation import generate_texts, prompts_of
 from validate.metrics.positions import ReferenceLogProbs
 from validate.routing.router_alone import router_alone
 from validate.runtimes.backend import RuntimeBackend, RuntimeCrashError, scored_positions
@@ -140,7 +140,7 @@ def _figures(
         texts = generate_texts(backend, prompts_PT, advance)
     return {
         "runtime_version": backend.version,
-        "generation": generation_figures(texts, context.plan.end_tokens),
+        "generation": text_figures(context.plan, prompts_PT, texts),
         "router_alone": _router_alone(context, artifact, backend, heldout_BT),
     }
 

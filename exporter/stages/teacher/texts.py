@@ -20,9 +20,9 @@ from compressors.model.sources.student import Student
 from compressors.recover.drafted_texts import Draft, Effort, write_texts
 from compressors.recover.sampling import cache_bytes
 from exporter.file_names import GENERATION, TEXT_EFFORT
-from exporter.stages.inputs import artifact_path, memory_limit, token_blocks, use_threads
+from exporter.stages.inputs import artifact_path, memory_limit, text_figures, token_blocks, use_threads
 from exporter.work.stage import StageContext
-from validate.metrics.generation import NEW_TOKENS, GeneratedTexts, generation_figures, prompts_of
+from validate.metrics.generation import NEW_TOKENS, GeneratedTexts, prompts_of
 from validate.runtimes.drafts import Drafter, Wish
 
 __all__ = ["chosen_tokens", "drafts_of", "streamed_texts", "teacher_texts"]
@@ -48,7 +48,7 @@ def teacher_texts(context: StageContext) -> None:
     ):
         draft = drafts_of(drafter, *prompts_PT.shape)
         texts, effort = streamed_texts(model, prompts_PT, advance, draft, plan.end_tokens)
-    figures = generation_figures(texts, plan.end_tokens)
+    figures = text_figures(plan, prompts_PT, texts)
     context.file(GENERATION).write_text(json.dumps(figures, indent=1), encoding="utf-8")
     kept = asdict(effort) | {"drafted_by": drafting, "drafting_ended": drafter.error}
     context.file(TEXT_EFFORT).write_text(json.dumps(kept, indent=1), encoding="utf-8")

@@ -27,6 +27,8 @@ from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
 from exporter.processes.progress import Progress
+from exporter.progress.run_progress import RunProgress
+from exporter.progress.views import show_nothing
 from exporter.searching import units
 from exporter.searching.curve import ParetoFiles
 from exporter.stages.inputs import teacher_statistics
@@ -146,8 +148,8 @@ def context(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> StageContex
     """The stage's, after those before it."""
     work = WorkDirectory(tmp_path_factory.mktemp("pareto"))
     plan.save(work.plan_path)
-    run_stages(plan, work, pareto_stages()[:-1], lambda _text: None)
-    context = StageContext.of(PARETO, plan, work, Progress(silent=True))
+    run_stages(plan, work, pareto_stages()[:-1], RunProgress(show_nothing))
+    context = StageContext.of(PARETO, plan, work, Progress())
     context.output.mkdir()
     return context
 

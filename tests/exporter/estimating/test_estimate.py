@@ -23,6 +23,7 @@ from exporter.planning.plan import Plan, Search
 from exporter.planning.plan_making import make_plan
 from exporter.planning.preflight import refuse_too_little_disk, refuse_too_little_memory
 from exporter.planning.recipe import FileChoice, Recipe
+from exporter.progress.views import PlainLines
 from exporter.run import run_job
 from tests.altered import altered
 
@@ -368,15 +369,23 @@ class _Begun(Exception):
     pass
 
 
-def _begun(line: str) -> None:
-    assert line.startswith("time to go: about ")
-    raise _Begun
-
-
-def test_force_overrides_the_refusals_and_the_time_is_announced(job: Job) -> None:
+def test_force_overrides_the_refusals_and_the_needs_are_announced(job: Job) -> None:
     too_little = replace(job, memory_bytes=1_000_000)
+    said: list[str] = []
+
+    def hear(line: str) -> None:
+        said.append(line)
+        if line.startswith("["):
+            raise _Begun
+
+    view = PlainLines(hear)
     with pytest.raises(InputError, match="--memory"):
-        run_job(too_little, "moe-export", _begun)
+        run_job(too_little, "moe-export", view)
+    assert said == []
     assert not job.work_dir.exists()
     with pytest.raises(_Begun):
-        run_job(replace(too_little, force=True), "moe-export", _begun)
+        run_job(replace(too_little, force=True), "moe-export", view)
+    memory, disk, time = said[:3]
+    assert re.fullmatch(r"memory: at least .*; this run takes up to 1\.0 MB .*\(--memory\), .* are free", memory)
+    assert re.fullmatch(rf"disk: up to .* in {job.work_dir}; .* are free", disk)
+    assert time.startswith("time to go: about ")

@@ -22,6 +22,7 @@ from exporter.file_names import PARTIAL_SUFFIX, SENSITIVITIES, STAGE_RECORD
 from exporter.pipeline import running
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan
+from exporter.progress.views import PlainLines, show_nothing
 from exporter.run import run_job
 from exporter.stages.table import ALL_STAGES, OF_THE_REPORT
 from exporter.work.directory import WorkDirectory
@@ -128,7 +129,7 @@ def expected(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _finish(toy: Toy, out: Path) -> str:
     """Goes on with the work and returns SHA256SUMS."""
-    run_job(toy.job(out), "moe-export", lambda line: None)
+    run_job(toy.job(out), "moe-export", show_nothing)
     return (out / "SHA256SUMS").read_text(encoding="utf-8")
 
 
@@ -343,7 +344,7 @@ def test_a_model_that_is_touched_while_it_is_read_is_read_again(toy: Toy, toy_co
         assert said.endswith("; the same command starts again from calibrate\n")
         lines: list[str] = []
         with pytest.raises(_Enough):
-            run_job(toy.job(out), "moe-export", lambda line: _until(line, "[2/", lines))
+            run_job(toy.job(out), "moe-export", PlainLines(lambda line: _until(line, "[2/", lines)))
     assert f"{toy.model}: model.safetensors was written or touched, with the same size and header" in lines[1]
     assert lines[1].endswith("since this run began: starting again from calibrate")
     assert lines[2].endswith(f"] {_WHAT['calibrate']}")
@@ -400,7 +401,7 @@ def test_what_says_nothing_about_results_may_be_damaged(
 def _redone(toy: Toy, out: Path) -> list[str]:
     """Goes on with the work; returns the stages that were announced and not done already."""
     lines: list[str] = []
-    run_job(toy.job(out), "moe-export", lines.append)
+    run_job(toy.job(out), "moe-export", PlainLines(lines.append))
     return [stage for stage, what in _WHAT.items() if any(line.endswith(f"] {what}") for line in lines)]
 
 

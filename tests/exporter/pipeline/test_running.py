@@ -19,6 +19,9 @@ from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import Recipe
+from exporter.progress.events import Event
+from exporter.progress.run_progress import RunProgress
+from exporter.progress.views import PlainLines, show_nothing
 from exporter.run import run_job
 from exporter.stages.table import COMPRESS, OF_THE_REPORT
 from exporter.work.directory import StageRecord, UndeclaredFileError, WorkDirectory
@@ -170,22 +173,26 @@ def _some(plan: Plan, *names: str) -> Sequence[Stage]:
     return [stage for stage in stages_of(plan) if stage.name in names]
 
 
+def _lines(said: list[str]) -> RunProgress:
+    return RunProgress(PlainLines(said.append))
+
+
 def test_finished_stages_are_not_redone_and_outdated_ones_are(plan: Plan, work: WorkDirectory) -> None:
     """schedule and recover of a plan that teaches nothing need nothing but the plan."""
     said: list[str] = []
     stages = _some(plan, "schedule", "recover")
-    first = run_stages(plan, work, stages, said.append)
+    first = run_stages(plan, work, stages, _lines(said))
     assert json.loads((work.stage("recover") / "recovery.json").read_text()) == []
     assert first["schedule"].peak_rss_bytes > 10_000_000
     assert [line for line in said if line.endswith("done already")] == []
 
     said.clear()
-    assert run_stages(plan, work, stages, said.append) == first
+    assert run_stages(plan, work, stages, _lines(said)) == first
     assert said == [f"[{n}/2] {stage.what}: done already" for n, stage in enumerate(stages, 1)]
 
     said.clear()
     raised = [stages[0], replace(stages[1], version=stages[1].version + 1)]
-    again = run_stages(plan, work, raised, said.append)
+    again = run_stages(plan, work, raised, _lines(said))
     assert again["schedule"] == first["schedule"]
     assert again["recover"].fingerprint != first["recover"].fingerprint
     assert said[:2] == [f"[1/2] {stages[0].what}: done already", f"[2/2] {stages[1].what}"]
@@ -206,12 +213,12 @@ def _done(plan: Plan, work: WorkDirectory, stages: Sequence[Stage]) -> None:
 def test_what_no_stage_to_come_reads_goes_and_nothing_is_redone(plan: Plan, work: WorkDirectory) -> None:
     stages = stages_of(plan)
     _done(plan, work, stages)
-    run_stages(plan, work, stages, lambda line: None)
+    run_stages(plan, work, stages, RunProgress(show_nothing))
     assert LAYER_INPUTS.within(work.stage("calibrate")).exists(), "nobody said that it may go"
-    run_stages(plan, work, stages, lambda line: None, kept=["calibrate"])
+    run_stages(plan, work, stages, RunProgress(show_nothing), kept=["calibrate"])
     assert LAYER_INPUTS.within(work.stage("calibrate")).exists()
     assert not work.paths("validate_written", ROUTER_INPUTS)
-    run_stages(plan, work, stages, lambda line: None, kept=())
+    run_stages(plan, work, stages, RunProgress(show_nothing), kept=())
     left = {
         (stage.name, file) for stage in stages for file in stage.writes if file.name and work.paths(stage.name, file)
     }
@@ -223,7 +230,7 @@ def test_what_no_stage_to_come_reads_goes_and_nothing_is_redone(plan: Plan, work
 def test_a_stage_whose_files_are_gone_runs_again_for_one_that_needs_them(plan: Plan, work: WorkDirectory) -> None:
     stages = stages_of(plan)
     _done(plan, work, stages)
-    run_stages(plan, work, stages, lambda line: None, kept=())
+    run_stages(plan, work, stages, RunProgress(show_nothing), kept=())
     (work.stage("validate_gguf") / "stage.json").unlink()
     assert unfinished(plan, work, stages) == ["calibrate", "validate_written", "validate_gguf"]
     (work.stage("student") / "stage.json").unlink()
@@ -252,7 +259,7 @@ def test_a_stage_that_fails_says_why_and_leaves_nothing_finished(
     changed = change(plan)
     changed.save(work.plan_path)
     with pytest.raises(StageError, match=said) as failed:
-        run_stages(changed, work, _some(plan, "calibrate"), lambda line: None)
+        run_stages(changed, work, _some(plan, "calibrate"), RunProgress(show_nothing))
     assert failed.value.exit_code == 2
     assert work.record("calibrate") is None
     assert not work.stage("calibrate").exists()
@@ -269,7 +276,7 @@ class _Interrupted(Exception):
     pass
 
 
-def _interrupt(line: str) -> None:
+def _interrupt(event: Event) -> None:
     raise _Interrupted
 
 

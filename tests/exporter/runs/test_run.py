@@ -32,7 +32,7 @@ Command = Callable[..., Sequence[str]]
 def finished(tmp_path_factory: pytest.TempPathFactory, toy_command: Command, run_command: Run) -> tuple[Path, str]:
     """An uninterrupted run's output folder, and what it printed."""
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    result = run_command(toy_command(out, "--save-student", "--floors"))
+    result = run_command(toy_command(out, "--save-student", "--floors", "--verbose"))
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout
 
@@ -175,8 +175,14 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
 ) -> None:
     out, printed = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    again = run_command(toy_command(out, "--save-student", "--floors"))
+    again = run_command(toy_command(out, "--save-student", "--floors", "--verbose"))
     assert (again.returncode, again.stdout) == (0, printed)
+    short = run_command(toy_command(out, "--save-student", "--floors")).stdout
+    assert len(short.splitlines()) < 30 < len(printed.splitlines())
+    rows = _report(out)["validation"]
+    assert len({row["generation"]["example"]["prompt"] for row in rows if row["generation"]}) == 1
+    assert "One text, continued (the middle prompt of the held-out text; " in short
+    assert str(out / "report.html") in short and str(out / "README.md") in short
     other = run_command(toy_command(out, budget="6MB"))
     assert other.returncode == 2
     assert "belongs to another run" in other.stderr

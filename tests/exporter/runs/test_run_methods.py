@@ -29,10 +29,17 @@ def _write_recipe(tiny_recipe: Path, folder: Path, choice: dict[str, Any], **oth
 
 
 def _built(out: Path, recipe: Path, toy_command: Command, run_command: Run) -> dict[str, Any]:
-    """The report of a run."""
-    result = run_command(toy_command(out, "--recipe", str(recipe)))
+    """The report of a run, which says where it is as programs read it."""
+    result = run_command(toy_command(out, "--recipe", str(recipe), "--progress", "json"))
     assert result.returncode == 0, result.stdout + result.stderr
     report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    events = [json.loads(line) for line in result.stderr.splitlines()]
+    ended = [event for event in events if event["event"] == "stage_ends"]
+    assert [event["stage"] for event in ended] == list(report["timings"])
+    assert [event["number"] for event in ended] == list(range(1, len(ended) + 1))
+    assert {event["of"] for event in ended} == {len(ended)}
+    layers = [event for event in events if event["event"] == "progress" and event["stage"] == "calibrate"]
+    assert (layers[-1]["unit"], layers[-1]["done"], layers[-1]["total"]) == ("layers", 2, 2)
     return report
 
 

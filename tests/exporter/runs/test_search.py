@@ -18,6 +18,7 @@ from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.planning.job import Flags
 from exporter.planning.recipe import recipe_yaml
+from exporter.progress.views import PlainLines
 from exporter.publishing.result import final_recipe
 from exporter.run import run_job
 from exporter.searching import units
@@ -145,7 +146,7 @@ def test_a_recipe_that_was_found_makes_the_same_file_again(
         said.append(line)
 
     with pytest.raises(_Enough), stages_in_this_process():
-        run_job(job, "moe-export", announce)
+        run_job(job, "moe-export", PlainLines(announce))
     work = WorkDirectory(tmp_path / "x.work")
     (first,), (again,) = (folder.glob("*.gguf") for folder in (searched.out / _LARGE, work.stage(GGUF.name)))
     assert first.name == again.name

@@ -82,7 +82,7 @@ def test_a_stage_within_a_stage_opens_no_more_of_the_run_than_the_outer_one(tmp_
 
 
 def _context(stage: Stage, folder: Path) -> StageContext:
-    return StageContext.of(stage, None, WorkDirectory(folder), Progress(silent=True))  # type: ignore[arg-type]
+    return StageContext.of(stage, None, WorkDirectory(folder), Progress())  # type: ignore[arg-type]
 
 
 def test_a_stage_writes_what_it_declares(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from compressors.model.errors import InputError
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
+from exporter.progress.views import show_nothing
 from exporter.run import run_job
 from exporter.work.directory import WorkDirectory
 
@@ -65,5 +66,5 @@ def test_a_changed_text_is_refused_by_name_when_a_run_goes_on(
     _replace(place / "religion.txt", edit)
     said = rf"{place} has changed since this run was planned: its {split} text is another; "
     with pytest.raises(InputError, match=said + "put it back, or remove .*out.work and start again"):
-        run_job(job, "moe-export", lambda line: None)
+        run_job(job, "moe-export", show_nothing)
     assert not out.exists()

@@ -24,6 +24,7 @@ from exporter.writing.onnx.writer import write_onnx
 from validate.metrics.generation import (
     NEW_TOKENS,
     GeneratedTexts,
+    example_of,
     generate_texts,
     generation_figures,
     largest_share_by_chance,
@@ -136,6 +137,22 @@ def test_figures_end_at_the_end_of_text() -> None:
     sampled = figures["sampled"]
     assert (sampled["loop_rate"], sampled["end_of_text_rate"], sampled["longest_repeat_max"]) == (0.0, 0.5, 2)
     assert sampled["end_of_text_rate_interval"] == rate_interval(2, 4)
+
+
+def test_the_example_is_the_middle_prompt_whatever_was_written() -> None:
+    looping = [3] * 64
+    greedy_PN = np.array([range(64), [7, 8, 0, *range(61)], looping, looping])
+    sampled_PN = greedy_PN + 1
+    prompts_PT = np.arange(4 * 32).reshape(4, 32)
+
+    def decode(tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+    example = example_of(prompts_PT, GeneratedTexts(greedy_PN, sampled_PN), [0], decode)
+    assert example["prompt"] == decode(list(range(64, 96)))
+    assert (example["greedy"], example["greedy_loops"], example["sampled"]) == (decode(looping), True, decode([4] * 64))
+    of_three = example_of(prompts_PT[:3], GeneratedTexts(greedy_PN[:3], sampled_PN[:3]), [0], decode)
+    assert (of_three["greedy"], of_three["greedy_loops"]) == ("7 8", False), "an end of text ends it"
 
 
 _Tokens = npt.NDArray[np.int64]

@@ -281,7 +281,9 @@ def _generation(loop_rate: float) -> dict[str, Any]:
                "end_of_text_rate_interval": (0.7, 0.98), "longest_repeat_mean": 7.25,
                "longest_repeat_max": 41}  # fmt: skip
     return {"prompts": 24, "prompt_tokens": 32, "new_tokens": 64, "greedy": figures,
-            "sampled": figures | {"loop_rate": 0.0}}  # fmt: skip
+            "sampled": figures | {"loop_rate": 0.0},
+            "example": {"prompt": " The sea\nwas", "greedy": " calm, and <calm>", "greedy_loops": loop_rate > 0.1,
+                        "sampled": " grey"}}  # fmt: skip
 
 
 def _cloze(accuracy: float) -> dict[str, Any]:
