@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +196,17 @@ def job_identity(job: Job) -> dict[str, Any]:
     ignored = {"out", "work_dir", "dry_run", "force", "json"}
     values = {name: _plain(value) for name, value in vars(job).items() if name not in ignored}
     values["model"] = None if job.model is None else local_path(job.model)  # validate finds it from any folder
+    values["calibration"] = _texts_given(job)
     files = {name: getattr(job, name) for name in ("recipe", "imatrix")}  # an edited file makes another job
     return values | {name: None if file is None else sha256_of(file) for name, file in files.items()}
+
+
+def _texts_given(job: Job) -> str | list[str] | None:
+    """The calibration texts: None for the bundled one, the path of a single one, of several their weights too."""
+    texts = [replace(text, path=text.path.resolve()) for text in job.calibration]
+    if len(texts) < 2:
+        return str(texts[0].path) if texts else None
+    return list(map(str, texts))
 
 
 def _plain(value: Any) -> Any:

@@ -55,6 +55,8 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
         choices.add_row("" if number else "note", note)
     for number, part in enumerate(parts_read_past(source)):
         choices.add_row("" if number else "read past", part)
+    if plan.mixture:
+        choices.add_row("calibration", plan.mixture)
     choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
     sizes = Table("predicted bytes", *plan.predictions, box=None)
     sizes.add_row("type", *(described_types(recipe.file(artifact)) for artifact in plan.predictions))
