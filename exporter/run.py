@@ -17,6 +17,7 @@ from exporter.estimating.estimate import describe_time, seconds_by_stage
 from exporter.estimating.machine import measure_speeds
 from exporter.estimating.needs import memory_lines
 from exporter.file_names import MODEL_CARD, RECIPE, REPORT, REPORT_PAGE
+from exporter.hub_push import push_folder, refuse_unless_logged_in
 from exporter.pipeline.order import search_stages, stages_of
 from exporter.pipeline.parts import Part, budget_parts, found_parts, result_folder, save_plans
 from exporter.pipeline.running import run_stages, source_of_run, unfinished
@@ -42,7 +43,7 @@ from exporter.writing.files import sha256_of
 from validate.report import render_html, render_model_card, render_parts
 from validate.report.facts import failures
 
-__all__ = ["EXIT_CHECK_FAILED", "Result", "job_identity", "run_job"]
+__all__ = ["EXIT_CHECK_FAILED", "Result", "job_identity", "push_release", "run_job"]
 
 EXIT_CHECK_FAILED = 4
 
@@ -82,6 +83,24 @@ def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team 
     Raises:
         MoeExportError: see its kinds in :mod:`compressors.model.errors`; finished stages stay for the next attempt.
     """
+    if job.push is not None:
+        refuse_unless_logged_in(job.push)
+    result = _run_parts(job, command, announce, team)
+    if job.push is not None:
+        push_release(result, job.push, announce)
+    return result
+
+
+def push_release(result: Result, repository: str, announce: Callable[[str], None]) -> None:
+    """Uploads a folder that passed; of another one it is said that it stays here."""
+    if result.exit_code:
+        announce(f"not pushed to {repository}: a check failed")
+        return
+    announce(f"push {result.out} to {repository}")
+    announce(f"pushed: {push_folder(result.out, repository)}")
+
+
+def _run_parts(job: Job, command: str, announce: Callable[[str], None], team: Team | None) -> Result:
     identity = job_identity(job)
     if job.out.exists():
         return _already_published(job, identity)
@@ -193,7 +212,7 @@ def _time_to_go(plan: Plan, stages: Collection[str]) -> str:
 
 def job_identity(job: Job) -> dict[str, Any]:
     """Returns the arguments that identify a job: a job with equal ones continues its work, others are refused."""
-    ignored = {"out", "work_dir", "dry_run", "force", "json"}
+    ignored = {"out", "work_dir", "dry_run", "force", "json", "push"}
     values = {name: _plain(value) for name, value in vars(job).items() if name not in ignored}
     values["model"] = None if job.model is None else local_path(job.model)  # validate finds it from any folder
     values["calibration"] = _texts_given(job)

@@ -79,6 +79,7 @@ class PlainFlags:
         False, "Keep the layer that predicts further tokens (MTP), with which llama.cpp drafts.", in_recipe=True
     )
     save_student: bool = _flag(False, "Also write the student as a Hugging Face checkpoint.", in_recipe=True)
+    push: str | None = _flag(None, "Upload the folder to the hub if every check passed.", metavar="ORG/NAME")
     floors: bool = _flag(False, "Also run the original in each runtime: what the runtime alone changes.")
     force: bool = _flag(False, "Start although disk or memory look too small.")
     json: bool = _flag(False, "Print report.json instead of a table.")

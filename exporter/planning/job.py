@@ -22,6 +22,7 @@ from compressors.shrink.registry import EXPERT_METHODS, KEEPS_EXPERTS
 from exporter.estimating.durations import parse_duration
 from exporter.estimating.sizes import parse_size
 from exporter.file_names import WORK_SUFFIX
+from exporter.hub_push import checked_repository
 from exporter.machines.known import budget_of
 from exporter.planning.flags import Flags, PlainFlags
 from exporter.planning.plan import Search
@@ -115,6 +116,7 @@ def _plain_values(flags: Flags) -> dict[str, Any]:
         "prefer": _one_of("--prefer", flags.prefer, _PREFERENCES),
         "recover": _one_of("--recover", flags.recover, RECOVERIES),
         "recipe": _existing_file("--recipe", flags.recipe),
+        "push": None if flags.push is None else checked_repository(flags.push, offline=flags.offline),
         "device": _device(flags.device),
         "seed": _seed(flags.seed),
     }

@@ -31,10 +31,15 @@ __all__ = ["make_plan", "texts_of"]
 _BUNDLED_NAME = "tiny-moe"
 
 
-def make_plan(job: Job, command: str) -> Plan:
+def make_plan(job: Job, command: str, folder: Path | None = None) -> Plan:
     """Decides everything that can be decided from names, shapes and bytes; no weight is read.
 
     If there are several budgets, the plan is for the first.
+
+    Args:
+        job: the job.
+        command: the command as it was typed.
+        folder: the model's place, which may hold headers alone; None: where the job's model is, downloaded if need be.
 
     Raises:
         InputError: the model, a text or the recipe is wrong.
@@ -42,7 +47,7 @@ def make_plan(job: Job, command: str) -> Plan:
     """
     recipe = None if job.recipe is None else load_recipe(job.recipe)
     keeps_mtp = job.keep_mtp if recipe is None else recipe.source.keep_mtp
-    checkpoint = open_source(resolve_model(job.model, job.revision, offline=job.offline), keeps_mtp=keeps_mtp)
+    checkpoint = open_source(folder or resolve_model(job.model, job.revision, offline=job.offline), keeps_mtp=keeps_mtp)
     refuse_too_short_a_context(checkpoint.spec)
     calibration, heldout = texts_of(job)
     splits = read_splits(calibration, heldout)
