@@ -126,7 +126,19 @@ def _progress_view(quiet: bool, progress: str) -> Any:
 _EXPORT_FLAGS = (
     *("budget", "budget_kind", "context", "kv_type", "formats", "out", "calibration", "text", "method", "experts"),
     *("student", "quant", "quantizer", "imatrix", "prefer", "plan_time", "recover", "recover_time", "require"),
-    *("recipe", "dry_run", "save_student", "keep_mtp", "floors", "memory", "device", "work_dir", "force", "offline"),
+    *(
+        "recipe",
+        "dry_run",
+        "save_student",
+        "push",
+        "keep_mtp",
+        "floors",
+        "memory",
+        "device",
+        "work_dir",
+        "force",
+        "offline",
+    ),
     *("revision", "threads", "seed", "json"),
 )
 """The flags of an export, in the order of ``--help``."""
@@ -364,14 +376,19 @@ def _console() -> Any:
 
 def _dry_run(job: Any, command: str) -> None:
     """Prints the plan of each budget, and writes its recipe beside the future output."""
+    from exporter.hub_headers import headers_of_hub_model
     from exporter.planning.plan_making import make_plan
+
+    with headers_of_hub_model(job.model, job.revision, offline=job.offline) as folder, _garbage_stays():
+        parts = [job.for_budget(budget) for budget in job.budgets or (None,)]
+        _print_plans(job, {_recipe_file(job, part): make_plan(part, command, folder) for part in parts})
+
+
+def _print_plans(job: Any, plans: Mapping[Path, Any]) -> None:
     from exporter.planning.recipe import recipe_yaml
     from exporter.work.directory import make_folder
     from exporter.writing.files import write_atomically
 
-    with _garbage_stays():
-        budgets = job.budgets or (None,)
-        plans = {_recipe_file(job, budget): make_plan(job.for_budget(budget), command) for budget in budgets}
     for path, plan in plans.items():
         make_folder(path.parent)
         write_atomically(path, recipe_yaml(plan.recipe))
@@ -393,13 +410,13 @@ def _print_plan(plan: Any, recipe_file: Path) -> None:
     click.echo(f"\nrecipe: {recipe_file} (edit it, then run with --recipe {recipe_file})")
 
 
-def _recipe_file(job: Any, budget: int | None) -> Path:
+def _recipe_file(job: Any, part: Any) -> Path:
     """``OUT.recipe.yaml``, or ``OUT-8GB.recipe.yaml`` where there are several budgets."""
     from exporter.estimating.sizes import size_label
     from exporter.file_names import RECIPE_SUFFIX
 
     out: Path = job.out
-    name = out.name if budget is None or len(job.budgets) < 2 else f"{out.name}-{size_label(budget)}"
+    name = out.name if len(job.budgets) < 2 else f"{out.name}-{size_label(part.budgets[0])}"
     return out.with_name(f"{name}{RECIPE_SUFFIX}")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,18 @@ from compressors.model.files.regular_file import refuse_special
 from compressors.model.files.vocabularies.made_files import MADE_OF
 from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
 from compressors.model.sources.hugging_face.weight_folder import INDEX
+from exporter.estimating.sizes import format_size
 
 __all__ = [
     "bundled_text",
     "download_beside_weights",
+    "download_bytes",
     "is_hub_file",
     "is_hub_id",
+    "network_error",
     "resolve_model",
     "resolve_original",
+    "stays_offline",
 ]
 
 _HUB_FILE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)/(?P<file>[\w./-]+\.gguf)", re.ASCII)
@@ -70,7 +76,27 @@ def resolve_model(model: str | None, revision: str | None = None, *, offline: bo
     if _HUB_ID.fullmatch(model) is None:
         raise InputError(f"MODEL: there is no folder {model!r}, and it is not a hub id (OWNER/NAME) either")
     refuse_unknown_family(_download(model, revision, offline, _FIRST_FILES, _UNWANTED_FILES))
+    if not stays_offline(offline):
+        _refuse_too_little_room(model, revision)
     return _download(model, revision, offline, _WANTED_FILES, _UNWANTED_FILES)
+
+
+def stays_offline(offline: bool) -> bool:
+    """True if hub models are taken from the cache only: by ``--offline``, or by the variable ``HF_HUB_OFFLINE``."""
+    if offline:
+        return True
+    from huggingface_hub import constants  # it reads the environment once, when it is imported
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def network_error() -> type[Exception]:
+    """The base of all errors of the library with which the installed huggingface_hub connects, such as httpx."""
+    from huggingface_hub import utils
+
+    client: Any = utils.get_session()  # type: ignore[attr-defined]  # documented, but not exported by name
+    error: type[Exception] = sys.modules[type(client).__module__.partition(".")[0]].HTTPError
+    return error
 
 
 def is_hub_id(model: str) -> bool:
@@ -140,9 +166,55 @@ def _existing(file: Path, model: str) -> Path:
     return file
 
 
+def _refuse_too_little_room(model: str, revision: str | None) -> None:
+    """Refuses a download that the disk of the hub's cache cannot hold; what is there already is not counted.
+
+    Raises:
+        InputError: the disk is too small; the message says how much is needed where.
+    """
+    from huggingface_hub import constants
+
+    place = Path(constants.HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    needed = download_bytes(model, revision)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(
+            f"MODEL: {model} has {format_size(needed)} to download, and {place} has {format_size(free)} free; "
+            "make room, or set HF_HOME to a folder on another disk"
+        )
+
+
+def download_bytes(model: str, revision: str | None) -> int:
+    """Bytes of a hub model's files that are not in the cache yet.
+
+    Raises:
+        InputError: as :func:`resolve_model`.
+    """
+    files = _snapshot(model, revision, False, _WANTED_FILES, _UNWANTED_FILES, dry_run=True)
+    return sum(file.file_size or 0 for file in files if file.will_download)
+
+
 def _download(
     model: str, revision: str | None, offline: bool, files: Sequence[str], ignored: Sequence[str] | None = None
 ) -> Path:
+    return Path(_snapshot(model, revision, offline, files, ignored))
+
+
+def _snapshot(
+    model: str,
+    revision: str | None,
+    offline: bool,
+    files: Sequence[str],
+    ignored: Sequence[str] | None,
+    *,
+    dry_run: bool = False,
+) -> Any:
+    """The folder of some files of a repository, or, with ``dry_run``, what would be downloaded.
+
+    An interrupted download goes on where it was, also in another run.
+    """
     from huggingface_hub import snapshot_download  # only such models need the library, which takes long to import
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -153,14 +225,13 @@ def _download(
     )
 
     try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                local_files_only=offline,
-                allow_patterns=list(files),
-                ignore_patterns=None if ignored is None else list(ignored),
-            )
+        return snapshot_download(
+            model,
+            revision=revision,
+            local_files_only=offline,
+            allow_patterns=list(files),
+            ignore_patterns=None if ignored is None else list(ignored),
+            dry_run=dry_run,
         )
     except GatedRepoError:
         raise InputError(
@@ -175,8 +246,9 @@ def _download(
         raise InputError(f"--revision: {model} has no revision {revision!r} on the hub") from None
     except LocalEntryNotFoundError:
         what = f"{model} (revision {revision})" if revision else model
-        if offline:
-            raise InputError(f"MODEL: {what} is not in the hub's cache; run once without --offline") from None
+        if stays_offline(offline):
+            how = "without --offline" if offline else "with HF_HUB_OFFLINE unset"
+            raise InputError(f"MODEL: {what} is not in the hub's cache; run once {how}") from None
         raise InputError(f"MODEL: {what} is no local folder, and the hub cannot be reached to download it") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"MODEL: {model} could not be downloaded ({error}); try again") from None
+    except (HfHubHTTPError, network_error(), OSError) as error:
+        raise InputError(f"MODEL: {model} could not be downloaded ({error}); the same command goes on") from None

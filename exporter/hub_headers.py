@@ -10,17 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressors.model.errors import InputError
-from exporter.hub import download_beside_weights, is_hub_file, is_hub_id, resolve_model
+from compressors.model.files.json_file import read_json
+from compressors.model.sources.hugging_face.weight_folder import INDEX
+from exporter.hub import (
+    download_beside_weights,
+    is_hub_file,
+    is_hub_id,
+    network_error,
+    resolve_model,
+    stays_offline,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileSystem
 
-__all__ = ["folder_with_headers"]
+__all__ = ["folder_with_headers", "headers_of_hub_model", "holds_headers_alone"]
 
 _WEIGHTS = re.compile(r"(?!consolidated).*\.safetensors", re.ASCII)
 _FIRST_BYTES = 256 << 10  # a file of 5 GB with single experts has a header of about 200 KB
 _MOST_BYTES = 100_000_000  # the format's own limit of a header
 _AT_ONCE = 8  # requests
+_PREFIX = "moe-export-headers-"
 
 
 @contextmanager
@@ -38,19 +48,19 @@ def folder_with_headers(model: str, revision: str | None, *, offline: bool) -> I
     Raises:
         InputError: there is no such model, or the hub cannot be reached or used.
     """
-    if not offline and is_hub_file(model):
+    if is_hub_file(model) and not stays_offline(offline):
         raise InputError(
             f"MODEL: {model} would be downloaded whole; name the repository of its original, of which the headers are "
             "enough, or download the file first"
         )
-    if offline or not is_hub_id(model):
+    if not is_hub_id(model) or stays_offline(offline):
         yield resolve_model(model, revision, offline=offline)
         return
     downloaded = download_beside_weights(model, revision)
-    if any(downloaded.glob("*.safetensors")):
+    if _has_weights(downloaded):
         yield downloaded  # an earlier run downloaded it
         return
-    with tempfile.TemporaryDirectory(prefix="moe-export-") as temporary:
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as temporary:
         # the path is that of the cache, by which a written file knows its original
         folder = Path(temporary, *downloaded.parts[-3:])
         folder.mkdir(parents=True)
@@ -58,6 +68,34 @@ def folder_with_headers(model: str, revision: str | None, *, offline: bool) -> I
             if file.is_file() and file.suffix != ".safetensors":
                 (folder / file.name).symlink_to(file.resolve())
         _write_headers(model, downloaded.name, folder)
+        yield folder
+
+
+def holds_headers_alone(folder: Path) -> bool:
+    """True if the weights of such a folder are still to be downloaded."""
+    return any(parent.name.startswith(_PREFIX) for parent in folder.parents)
+
+
+def _has_weights(folder: Path) -> bool:
+    """True if an earlier run downloaded all weight files, not some of them."""
+    index = folder / INDEX
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    files = read_json(index).get("weight_map")
+    return isinstance(files, dict) and all((folder / str(file)).is_file() for file in files.values())
+
+
+@contextmanager
+def headers_of_hub_model(model: str | None, revision: str | None, *, offline: bool) -> Iterator[Path | None]:
+    """As :func:`folder_with_headers` for the repository of a checkpoint; None for any other model.
+
+    Raises:
+        InputError: as :func:`folder_with_headers`.
+    """
+    if model is None or not is_hub_id(model):
+        yield None
+        return
+    with folder_with_headers(model, revision, offline=offline) as folder:
         yield folder
 
 
@@ -85,7 +123,7 @@ def _write_headers(model: str, commit: str, folder: Path) -> None:
         weights = [entry for entry in entries if _WEIGHTS.fullmatch(Path(entry["name"]).name)]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(write, weights))
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, network_error(), OSError) as error:
         raise InputError(f"MODEL: headers of {model} could not be read ({error}); try again") from None
 
 

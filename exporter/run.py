@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from exporter.estimating.estimate import describe_time, seconds_by_stage
 from exporter.estimating.machine import measure_speeds
 from exporter.estimating.needs import memory_lines
 from exporter.file_names import MODEL_CARD, RECIPE, REPORT, REPORT_PAGE
+from exporter.hub_push import push_folder, refuse_unless_logged_in
 from exporter.pipeline.order import search_stages, stages_of
 from exporter.pipeline.parts import Part, budget_parts, found_parts, result_folder, save_plans
 from exporter.pipeline.running import run_stages, source_of_run, unfinished
@@ -45,7 +46,7 @@ from exporter.writing.files import sha256_of
 from validate.report import render_html, render_model_card, render_parts
 from validate.report.facts import failures
 
-__all__ = ["EXIT_CHECK_FAILED", "Result", "job_identity", "run_job"]
+__all__ = ["EXIT_CHECK_FAILED", "Result", "job_identity", "push_release", "run_job"]
 
 EXIT_CHECK_FAILED = 4
 
@@ -85,6 +86,24 @@ def run_job(job: Job, command: str, view: View, team: Team | None = None) -> Res
     Raises:
         MoeExportError: see its kinds in :mod:`compressors.model.errors`; finished stages stay for the next attempt.
     """
+    if job.push is not None:
+        refuse_unless_logged_in(job.push)
+    result = _run_parts(job, command, announce, team)
+    if job.push is not None:
+        push_release(result, job.push, announce)
+    return result
+
+
+def push_release(result: Result, repository: str, announce: Callable[[str], None]) -> None:
+    """Uploads a folder that passed; of another one it is said that it stays here."""
+    if result.exit_code:
+        announce(f"not pushed to {repository}: a check failed")
+        return
+    announce(f"push {result.out} to {repository}")
+    announce(f"pushed: {push_folder(result.out, repository)}")
+
+
+def _run_parts(job: Job, command: str, announce: Callable[[str], None], team: Team | None) -> Result:
     identity = job_identity(job)
     if job.out.exists():
         return _already_published(job, identity)
@@ -223,11 +242,20 @@ def _stages_to_come(part: Part) -> list[Path]:
 
 def job_identity(job: Job) -> dict[str, Any]:
     """Returns the arguments that identify a job: a job with equal ones continues its work, others are refused."""
-    ignored = {"out", "work_dir", "dry_run", "force", "json"}
+    ignored = {"out", "work_dir", "dry_run", "force", "json", "push"}
     values = {name: _plain(value) for name, value in vars(job).items() if name not in ignored}
     values["model"] = None if job.model is None else local_path(job.model)  # validate finds it from any folder
+    values["calibration"] = _texts_given(job)
     files = {name: getattr(job, name) for name in ("recipe", "imatrix")}  # an edited file makes another job
     return values | {name: None if file is None else sha256_of(file) for name, file in files.items()}
+
+
+def _texts_given(job: Job) -> str | list[str] | None:
+    """The calibration texts: None for the bundled one, the path of a single one, of several their weights too."""
+    texts = [replace(text, path=text.path.resolve()) for text in job.calibration]
+    if len(texts) < 2:
+        return str(texts[0].path) if texts else None
+    return list(map(str, texts))
 
 
 def _plain(value: Any) -> Any:

@@ -158,7 +158,7 @@ def _normalised(part: DomainText) -> Iterator[bytes]:
 
     Lines of ASCII are in that form, and the others do not depend on the lines beside them.
     """
-    for text in part.pieces(_SCANNED_BYTES):
+    for text in part.words(_SCANNED_BYTES):
         if not text.isascii():
             lines = text.split("\n")
             text = "".join(line if line.isascii() else _OTHER_SPACE.sub("", normalize("NFKC", line)) for line in lines)

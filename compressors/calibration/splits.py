@@ -1,11 +1,12 @@
 """Text -> documents -> splits -> token blocks.
 
-A text is one file, or a folder with one ``*.txt`` file per domain; documents are separated by blank lines. It is cut
-into three splits: statistics and training see *calibration*, choices between candidates are judged on *selection*, and
-the report measures *held-out*. Token blocks are llama-perplexity's
-(``tools/perplexity/perplexity.cpp`` of llama.cpp): a file is tokenised and cut into consecutive blocks, the rest is
-dropped, and BOS takes the place of each block's first token when the tokenizer adds BOS. A short text is tokenised
-whole, a long one only where blocks are taken (:mod:`compressors.calibration.token_streams`).
+A text is one file, or a folder with one ``*.txt`` file per domain; documents are separated by blank lines. Calibration
+text may be a mixture of several, and of chats (:mod:`compressors.calibration.chats`). It is cut into three splits:
+statistics and training see *calibration*, choices between candidates are judged on *selection*, and the report measures
+*held-out*. Token blocks are llama-perplexity's (``tools/perplexity/perplexity.cpp`` of llama.cpp): a file is tokenised
+and cut into consecutive blocks, the rest is dropped, and BOS takes the place of each block's first token when the
+tokenizer adds BOS. A short text is tokenised whole, a long one only where blocks are taken
+(:mod:`compressors.calibration.token_streams`).
 
 Letters: B token blocks, T tokens of a block.
 """
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.calibration.documents import DomainText, cut_parts, digest_of, read_parts
+from compressors.calibration.mixture import WeightedText
 from compressors.calibration.separation import Stream, shared_blocks, shared_text, without_blocks
 from compressors.calibration.token_streams import (
     TextTokenizer,
@@ -119,6 +121,7 @@ class TokenizedSplit:
 
     name: str
     blocks: tuple[tuple[str, npt.NDArray[np.int64]], ...]  # domain, [its blocks, T]
+    weights: tuple[float, ...] = ()  # of the domains; empty: all are equal
 
     @property
     def n_blocks(self) -> int:
@@ -126,7 +129,7 @@ class TokenizedSplit:
         return sum(len(blocks_BT) for _, blocks_BT in self.blocks)
 
     def spread(self, n_blocks: int) -> TokenBlocks:
-        """Takes ``n_blocks`` evenly over the files, and evenly spaced inside each file.
+        """Takes ``n_blocks`` by the files' weights, and evenly spaced inside each file.
 
         Domains take turns, in the order of their names, so any leading part of the result is balanced too; within a
         domain the blocks keep the file's order. A domain that runs out leaves its turns to the others.
@@ -135,12 +138,27 @@ class TokenizedSplit:
             InputError: the split has fewer blocks.
         """
         self.check_has(n_blocks)
-        shares = shares_of([len(blocks_BT) for _, blocks_BT in self.blocks], n_blocks)
         chosen = [
             (domain, _evenly_spaced(blocks_BT, share))
-            for (domain, blocks_BT), share in zip(self.blocks, shares, strict=True)
+            for (domain, blocks_BT), share in zip(self.blocks, self._shares(n_blocks), strict=True)
         ]
-        return _taking_turns(chosen)
+        return _taking_turns(chosen, self._all_weights)
+
+    def described_mixture(self, n_blocks: int) -> str:
+        """Says how many of ``n_blocks`` come from each file, and which file has fewer than its weight asks for."""
+        named, weights = [], self._all_weights
+        wanted = shares_of([n_blocks] * len(weights), n_blocks, weights)
+        for (domain, _), share, of_weight in zip(self.blocks, self._shares(n_blocks), wanted, strict=True):
+            named.append(f"{share} of {domain}" + (f" (all; by weight {of_weight})" if share < of_weight else ""))
+        return f"blocks: {', '.join(named)}"
+
+    @property
+    def _all_weights(self) -> tuple[float, ...]:
+        return self.weights or (1.0,) * len(self.blocks)
+
+    def _shares(self, n_blocks: int) -> list[int]:
+        """The number of blocks that each file gives."""
+        return shares_of([len(blocks_BT) for _, blocks_BT in self.blocks], n_blocks, self._all_weights)
 
     def check_has(self, n_blocks: int) -> None:
         """Checks that the split has so many blocks, and that at least one is asked for.
@@ -169,8 +187,12 @@ class TokenizedSplit:
         )
 
 
-def read_splits(calibration: Path, heldout: Path | None = None) -> Splits:
+def read_splits(calibration: Path | Sequence[WeightedText], heldout: Path | None = None) -> Splits:
     """Reads text from files or folders of ``*.txt`` and cuts it into the three splits.
+
+    Args:
+        calibration: a file or a folder, or several with their weights.
+        heldout: a file or a folder.
 
     The last tenth of the documents of each calibration file is set aside for selection. Without ``heldout`` each file
     is cut 80/10/10 into calibration, selection and held-out. Every share is at least one document, and the splits keep
@@ -179,7 +201,8 @@ def read_splits(calibration: Path, heldout: Path | None = None) -> Splits:
     Raises:
         InputError: a path does not exist, a file is empty or not UTF-8, or it has too few documents to be cut.
     """
-    cuts = cut_parts(calibration, 2 if heldout is not None else 3)
+    texts = [WeightedText(calibration)] if isinstance(calibration, Path) else calibration
+    cuts = cut_parts(texts, 2 if heldout is not None else 3)
     heldout_parts = read_parts(heldout) if heldout is not None else tuple(cut[2] for cut in cuts)
     return Splits(
         TextSplit("calibration", tuple(cut[0] for cut in cuts)),
@@ -205,8 +228,8 @@ def tokenize(
         InputError: the checkpoint has no usable tokenizer, a split has no full block, or two splits share more than
             a few blocks of tokens, at any position, or as much text in another form.
     """
-    tokenizer = open_tokenizer(checkpoint_folder)
     in_order = (splits.calibration, splits.selection, splits.heldout)
+    tokenizer = _tokenizer_for(checkpoint_folder, *in_order)
     enough: list[dict[str, int]] = [{}, {}, {}]
     if wanted is not None:
         enough = [{"spaced": wanted.calibration}, {"spaced": wanted.selection}, {"leading": wanted.heldout_per_file}]
@@ -240,9 +263,15 @@ def tokenize_heldout(
     """
     split = TextSplit("held-out", read_parts(path))
     if isinstance(tokenizer, Path):
-        tokenizer = open_tokenizer(tokenizer)
+        tokenizer = _tokenizer_for(tokenizer, split)
     streams = _streams(split, tokenizer, block_length, leading=blocks_per_file)
     return split, _blocks_of(split, streams, block_length, _bos_token(tokenizer))
+
+
+def _tokenizer_for(folder: Path, *splits: TextSplit) -> TextTokenizer:
+    """The folder's tokenizer; for chats transformers', which writes them out."""
+    has_chats = any(part.is_chats for split in splits for part in split.parts)
+    return load_tokenizer(folder) if has_chats else open_tokenizer(folder)
 
 
 def _bos_token(tokenizer: TextTokenizer) -> int | None:
@@ -290,7 +319,7 @@ def _blocks_of(split: TextSplit, streams: list[Stream], block_length: int, bos: 
         if bos is not None:
             blocks_BT[:, 0] = bos
         blocks.append((part.domain, blocks_BT))
-    return TokenizedSplit(split.name, tuple(blocks))
+    return TokenizedSplit(split.name, tuple(blocks), tuple(part.weight for part in split.parts))
 
 
 def _full_blocks(tokens: npt.NDArray[np.int64], block_length: int) -> npt.NDArray[np.int64]:
@@ -342,15 +371,16 @@ def _evenly_spaced(blocks_BT: npt.NDArray[np.int64], count: int) -> npt.NDArray[
     return blocks_BT[picks]
 
 
-def _taking_turns(chosen: list[tuple[str, npt.NDArray[np.int64]]]) -> TokenBlocks:
+def _taking_turns(chosen: list[tuple[str, npt.NDArray[np.int64]]], weights: Sequence[float]) -> TokenBlocks:
+    """Orders blocks so that in every leading part the domains have about the share of their weights."""
     import torch
 
-    order = [
-        (domain, blocks_BT[turn])
-        for turn in range(max(len(blocks_BT) for _, blocks_BT in chosen))
-        for domain, blocks_BT in chosen
-        if turn < len(blocks_BT)
+    turns = [
+        ((turn + 1) / weight, index, turn)
+        for index, ((_, blocks_BT), weight) in enumerate(zip(chosen, weights, strict=True))
+        for turn in range(len(blocks_BT))
     ]
+    order = [(chosen[index][0], chosen[index][1][turn]) for _, index, turn in sorted(turns)]
     return TokenBlocks(
         torch.from_numpy(np.stack([tokens_T for _, tokens_T in order])), tuple(domain for domain, _ in order)
     )

@@ -1,6 +1,7 @@
 """Finds where the documents of a text file begin, in one pass that holds little, whatever the file's size.
 
-A document ends where, after a line end, lines follow that hold nothing but spaces, tabs and carriage returns.
+A document ends where, after a line end, lines follow that hold nothing but spaces, tabs and carriage returns. Of a file
+of chats each line is one (:mod:`compressors.calibration.chats`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+from compressors.calibration.chats import chat_starts, is_chats
 from compressors.model.errors import InputError
 from compressors.model.files.raw_file import FileState
 from compressors.model.files.regular_file import open_regular
@@ -32,20 +34,22 @@ class TextFile:
     found by reading the file again from the one before it.
 
     Raises:
-        InputError: the file is empty, not UTF-8 or no regular file.
+        InputError: the file is empty, not UTF-8 or no regular file, or a line of chats is none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.n_documents = 0
         self._held, self._step = array("q"), 1
+        self._starts = chat_starts if is_chats(path) else _document_starts
         with open_regular(path) as file:
             self.state = FileState.of(path)
-            for start in _document_starts(file, path):
+            for start in self._starts(file, path):
                 self._add(start)
             self.n_bytes = file.tell()
         if not self.n_documents:
-            raise InputError(f"{path} is empty; give a file with text, documents separated by blank lines")
+            how = "a chat in each line" if is_chats(path) else "documents separated by blank lines"
+            raise InputError(f"{path} is empty; give a file with text, {how}")
 
     def start_of(self, document: int) -> int:
         """The byte at which a document begins.
@@ -57,7 +61,7 @@ class TextFile:
         if not further:
             return self._held[place]
         with open_unchanged(self.path, self.state) as file:
-            return next(islice(_document_starts(file, self.path, self._held[place]), further, None))
+            return next(islice(self._starts(file, self.path, self._held[place]), further, None))
 
     def _add(self, start: int) -> None:
         if self.n_documents % self._step == 0:

@@ -2,18 +2,20 @@
 
 A text of up to 4 MB, in files of up to 1 MB, is tokenised whole, file by file, as llama-perplexity does. A longer one
 would cost minutes and gigabytes for tokens that nobody uses: only its beginning is tokenised, or one place for each
-wanted block, evenly spaced.
+wanted block, evenly spaced. Chats are first written out by the model's chat template.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from compressors.calibration.chats import written_out
 from compressors.calibration.documents import DomainText
 from compressors.calibration.separation import Stream
 
@@ -48,7 +50,7 @@ def is_short(parts: Sequence[DomainText]) -> bool:
 
 def whole_streams(parts: Sequence[DomainText], tokenizer: TextTokenizer, bos: int | None) -> list[Stream]:
     """Every part as one stream of all its tokens, BOS in front if there is one."""
-    return [(part, _with_bos(_encoded(tokenizer, part.text), bos)) for part in parts]
+    return [(part, _with_bos(part, _encoded(part, part.text, tokenizer), bos)) for part in parts]
 
 
 def leading_streams(
@@ -65,10 +67,10 @@ def leading_streams(
     for part in parts:
         tokens: list[npt.NDArray[np.int64]] = []
         for piece in part.pieces(n_bytes):
-            tokens.append(_encoded(tokenizer, piece))
+            tokens.append(_encoded(part, piece, tokenizer))
             if n_tokens is not None and sum(map(len, tokens)) >= n_tokens:
                 break
-        streams.append((part, _with_bos(np.concatenate(tokens), bos)))
+        streams.append((part, _with_bos(part, np.concatenate(tokens), bos)))
     return streams
 
 
@@ -82,27 +84,33 @@ def spaced_streams(
     tokenised whole; one with too few places that have a block, from the beginning of each part.
     """
     room = [part.n_bytes // _STRETCH_BYTES for part in parts]
+    weights = [part.weight for part in parts]
     n_places, most = n_blocks, sum(room)
     while n_places <= most:
-        shares = zip(parts, shares_of(room, n_places), strict=True)
+        shares = zip(parts, shares_of(room, n_places, weights), strict=True)
         found = [(part, _blocks_at(part, n_of_part, tokenizer, block_length)) for part, n_of_part in shares]
-        streams = [(part, _with_bos(tokens, bos)[:block_length]) for part, blocks in found for tokens in blocks]
+        streams = [(part, _with_bos(part, tokens, bos)[:block_length]) for part, blocks in found for tokens in blocks]
         if len(streams) >= n_blocks:
             return streams
         n_places = 2 * n_places if n_places == most else min(2 * n_places, most)
     return leading_streams(parts, tokenizer, bos, n_blocks * block_length if n_blocks <= most else None)
 
 
-def shares_of(room: Sequence[int], wanted: int) -> list[int]:
-    """Shares out ``wanted`` places in turn, to each part no more than its ``room``; all must find room."""
+def shares_of(room: Sequence[int], wanted: int, weights: Sequence[float]) -> list[int]:
+    """Shares out ``wanted`` places in proportion to weights, to each part no more than its ``room``.
+
+    The parts take turns, those of twice the weight twice as often (D'Hondt's method); of equal weights the first goes
+    first. The turns of a part without further room go to the others.
+    """
     assert wanted <= sum(room), (wanted, room)
     shares = [0] * len(room)
-    left = wanted
-    while left:
-        for index, most in enumerate(room):
-            if left and shares[index] < most:
-                shares[index] += 1
-                left -= 1
+    turns = [(1 / weight, index) for index, (weight, most) in enumerate(zip(weights, room, strict=True)) if most]
+    heapify(turns)
+    for _ in range(wanted):
+        _, index = heappop(turns)
+        shares[index] += 1
+        if shares[index] < room[index]:
+            heappush(turns, ((shares[index] + 1) / weights[index], index))
     return shares
 
 
@@ -121,6 +129,8 @@ def _block_between(
     part: DomainText, start: int, stop: int, tokenizer: TextTokenizer, block_length: int
 ) -> npt.NDArray[np.int64] | None:
     """The tokens of the first document that begins between these bytes, and of the text behind it; None: too few."""
+    if part.is_chats:
+        return _chats_between(part, start, stop, tokenizer, block_length)
     n_characters = block_length * _BYTES_PER_TOKEN
     text = part.read(start, min(stop, start + max(_STRETCH_BYTES, 2 * n_characters)))
     first = 0 if start == 0 else _first_document(text)
@@ -128,7 +138,7 @@ def _block_between(
         end = first + n_characters
         if end > len(text):
             text = part.read(start, min(stop, start + _MOST_BYTES_OF_CHARACTER * end))
-        tokens = _encoded(tokenizer, text[first:end])
+        tokens = _encoded(part, text[first:end], tokenizer)
         if len(tokens) >= block_length + _SPARE_TOKENS:
             return tokens
         if end > len(text):  # the place has no more
@@ -144,9 +154,31 @@ def _first_document(text: str) -> int:
     return document.end() if document is not None else text.find("\n", 0, half) + 1
 
 
-def _encoded(tokenizer: TextTokenizer, text: str) -> npt.NDArray[np.int64]:
-    return np.array(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
+def _chats_between(
+    part: DomainText, start: int, stop: int, tokenizer: TextTokenizer, block_length: int
+) -> npt.NDArray[np.int64] | None:
+    """The tokens of the whole chats between these bytes, as many as a block needs; None: too few."""
+    n_bytes = _STRETCH_BYTES
+    while True:
+        text = part.read(start, min(stop, start + n_bytes))
+        first = 0 if start == 0 else text.find("\n") + 1
+        tokens = _encoded(part, text[first : text.rfind("\n") + 1], tokenizer)
+        if len(tokens) >= block_length:
+            return tokens
+        if start + n_bytes >= stop or n_bytes >= _LARGEST_PIECE:
+            return None
+        n_bytes *= 2
 
 
-def _with_bos(tokens: npt.NDArray[np.int64], bos: int | None) -> npt.NDArray[np.int64]:
-    return tokens if bos is None else np.concatenate([np.array([bos], dtype=np.int64), tokens])
+def _encoded(part: DomainText, text: str, tokenizer: TextTokenizer) -> npt.NDArray[np.int64]:
+    """The tokens of some text of a part; of chats it is whole lines."""
+    texts = written_out(text, part.file, tokenizer) if part.is_chats else [text]
+    tokens = (token for one in texts for token in tokenizer.encode(one, add_special_tokens=False, verbose=False))
+    return np.fromiter(tokens, np.int64)
+
+
+def _with_bos(part: DomainText, tokens: npt.NDArray[np.int64], bos: int | None) -> npt.NDArray[np.int64]:
+    """Puts BOS before tokens of a part, unless a chat's template has put it there."""
+    if bos is None or (part.is_chats and len(tokens) and tokens[0] == bos):
+        return tokens
+    return np.concatenate([np.array([bos], dtype=np.int64), tokens])

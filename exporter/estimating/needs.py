@@ -77,8 +77,8 @@ def _rows_and_columns(layer: LayerSpec) -> int:
 
 def heldout_blocks(plan: Plan) -> int:
     """The number of held-out blocks; a folder has as many texts as files, a file or a part set aside from it is one."""
-    place = plan.heldout or plan.calibration
-    n_files = len(list(place.glob("*.txt"))) if place.is_dir() else 1
+    places = [plan.heldout] if plan.heldout is not None else [text.path for text in plan.calibration]
+    n_files = sum(len(list(place.glob("*.txt"))) if place.is_dir() else 1 for place in places)
     return n_files * plan.recipe.text.heldout_chunks_per_file
 
 

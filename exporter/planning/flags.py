@@ -41,7 +41,6 @@ class PlainFlags:
     budget_kind: str = _flag("total", "total: memory at run time; file: file size.", in_recipe=True)
     context: int = _flag(8192, "Tokens of KV cache to count (at most the model's).", in_recipe=True)
     kv_type: str = _flag("f16", "Type of llama.cpp's KV cache.", in_recipe=True)
-    calibration: Path | None = _flag(None, "Text for statistics and recovery: a file, or a folder of *.txt.")
     text: Path | None = _flag(None, "Held-out text for the report.")
     student: str = _flag(
         "moe",
@@ -80,6 +79,7 @@ class PlainFlags:
         False, "Keep the layer that predicts further tokens (MTP), with which llama.cpp drafts.", in_recipe=True
     )
     save_student: bool = _flag(False, "Also write the student as a Hugging Face checkpoint.", in_recipe=True)
+    push: str | None = _flag(None, "Upload the folder to the hub if every check passed.", metavar="ORG/NAME")
     floors: bool = _flag(False, "Also run the original in each runtime: what the runtime alone changes.")
     force: bool = _flag(False, "Start although disk or memory look too small.")
     json: bool = _flag(False, "Print report.json instead of a table.")
@@ -96,6 +96,11 @@ class Flags(PlainFlags):
 
     budget: str | None = _flag(
         None, "Memory the result may need, such as 20GB, 18.6GiB or 16gb-mac.", metavar="SIZE[,...]", in_recipe=True
+    )
+    calibration: Path | Iterable[str | Path] = _flag(
+        (),
+        "Text for statistics and recovery: a file, a folder of *.txt, or chats in JSONL; several are mixed by weight.",
+        metavar="PATH[:WEIGHT]",
     )
     formats: str = _flag("gguf,onnx", "What to write.", in_recipe=True)
     plan_time: str = _flag("10m", "Most time for measuring candidates.", in_recipe=True)
@@ -132,7 +137,8 @@ def command_of(flags: Flags) -> str:
         if isinstance(value, bool):
             words.append(name)
         elif definition.default == ():
-            words += [word for entry in value for word in (name, entry)]
+            entries = [value] if isinstance(value, str | Path) else value
+            words += [word for entry in entries for word in (name, str(entry))]
         else:
             words += [name, str(value)]
     return shlex.join(words)

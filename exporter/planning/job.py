@@ -15,12 +15,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
+from compressors.calibration.mixture import WeightedText, parse_mixture
 from compressors.model.errors import InputError
 from compressors.model.names import shown
 from compressors.shrink.registry import EXPERT_METHODS, KEEPS_EXPERTS
 from exporter.estimating.durations import parse_duration
 from exporter.estimating.sizes import parse_size
 from exporter.file_names import WORK_SUFFIX
+from exporter.hub_push import checked_repository
 from exporter.machines.known import budget_of
 from exporter.planning.flags import Flags, PlainFlags
 from exporter.planning.plan import Search
@@ -51,6 +53,7 @@ class Job(PlainFlags):
     Without ``model`` it takes the bundled model, without ``calibration`` the bundled text.
     """
 
+    calibration: tuple[WeightedText, ...]  # empty: the bundled text
     budgets: tuple[int, ...]  # bytes; empty: the recipe's
     formats: tuple[str, ...]  # gguf, onnx or both, in that order
     plan_seconds: int  # time for measuring in the search
@@ -83,6 +86,7 @@ def checked_job(flags: Flags) -> Job:
     out = flags.out or Path(f"{_model_name(flags.model)}-{label}")
     return Job(
         **_plain_values(flags),
+        calibration=_calibration(flags.calibration),
         budgets=() if flags.budget is None else _budgets(flags.budget),
         formats=_formats(flags.formats),
         plan_seconds=parse_duration(flags.plan_time, "--plan-time"),
@@ -102,7 +106,6 @@ def _plain_values(flags: Flags) -> dict[str, Any]:
         "budget_kind": _one_of("--budget-kind", flags.budget_kind, get_args(BudgetKind)),
         "context": _context(flags.context),
         "kv_type": _one_of("--kv-type", flags.kv_type.lower(), get_args(KvType)),
-        "calibration": _existing("--calibration", flags.calibration),
         "text": _existing("--text", flags.text),
         "student": _student(flags.student, flags.method, experts, flags.recover),
         "method": _one_of("--method", flags.method, _METHODS),
@@ -113,6 +116,7 @@ def _plain_values(flags: Flags) -> dict[str, Any]:
         "prefer": _one_of("--prefer", flags.prefer, _PREFERENCES),
         "recover": _one_of("--recover", flags.recover, RECOVERIES),
         "recipe": _existing_file("--recipe", flags.recipe),
+        "push": None if flags.push is None else checked_repository(flags.push, offline=flags.offline),
         "device": _device(flags.device),
         "seed": _seed(flags.seed),
     }
@@ -132,6 +136,22 @@ def _budgets(text: str) -> tuple[int, ...]:
     if len(set(sizes)) < len(sizes):
         raise InputError(f"--budget: {shown(text)} names a size twice; give each once")
     return sizes
+
+
+def _calibration(given: Path | Iterable[str | Path]) -> tuple[WeightedText, ...]:
+    """The texts of ``--calibration``.
+
+    Raises:
+        InputError: a path does not exist, or a weight is wrong.
+    """
+    texts = parse_mixture(given)
+    for text in texts:
+        if not _exists("--calibration", text.path):
+            raise InputError(
+                f"--calibration: {text.path} does not exist"
+                + ("" if text.weight == 1 else "; the number behind the last colon is its weight")
+            )
+    return texts
 
 
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:

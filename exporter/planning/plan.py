@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compressors.calibration.mixture import WeightedText
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
@@ -41,7 +42,7 @@ class Plan:
 
     recipe: Recipe
     source: Path  # the place of the original
-    calibration: Path
+    calibration: tuple[WeightedText, ...]
     heldout: Path | None
     predictions: Mapping[str, Prediction]  # by artifact
     recover_seconds: int
@@ -60,6 +61,7 @@ class Plan:
     may_train: bool = False  # recovery may train, in a recipe that a search finds
     imatrix: Path | None = None  # llama.cpp's importance matrix, in place of the calibration text's
     search: Search | None = None  # how to find the recipe after calibration; None: the recipe stands
+    mixture: str = ""  # the files that the calibration blocks come from, if there are several
     curve: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that moe-export pareto compares
 
     def open_source(self) -> Source:
@@ -95,6 +97,7 @@ class Plan:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         data = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
         data["recipe"] = self.recipe.model_dump()
+        data["calibration"] = [[str(text.path), text.weight] for text in self.calibration]
         data["predictions"] = {name: asdict(prediction) for name, prediction in self.predictions.items()}
         data["refused_rungs"] = [asdict(refused) for refused in self.refused_rungs]
         data["search"] = None if self.search is None else asdict(self.search)
@@ -107,6 +110,9 @@ class Plan:
         """The inverse of :meth:`save`."""
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         data["recipe"] = Recipe.model_validate(data["recipe"])
+        texts = data["calibration"]  # a path alone in plans of release 0.1
+        pairs = [(texts, 1.0)] if isinstance(texts, str) else texts
+        data["calibration"] = tuple(WeightedText(Path(path), weight) for path, weight in pairs)
         data["predictions"] = {name: Prediction(**lines) for name, lines in data["predictions"].items()}
         data["refused_rungs"] = tuple(RefusedRung(**refused) for refused in data["refused_rungs"])
         data["deviations"] = tuple(Deviation(**deviation) for deviation in data.get("deviations", ()))
@@ -114,6 +120,6 @@ class Plan:
         data["teacher_floors"] = {name: TeacherFloor(**floor) for name, floor in data.get("teacher_floors", {}).items()}
         search = data.get("search")
         data["search"] = None if search is None else Search(**search)
-        for name in ("source", "calibration", "heldout", "out", "imatrix"):
+        for name in ("source", "heldout", "out", "imatrix"):
             data[name] = None if data.get(name) is None else Path(data[name])
         return cls(**data)

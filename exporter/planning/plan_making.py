@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from compressors.calibration.mixture import WeightedText
 from compressors.calibration.splits import BlockCounts, Splits, block_length_of, read_splits, tokenize
 from compressors.calibration.text_counts import have_enough
 from compressors.model.config.special_tokens import special_tokens
@@ -16,9 +17,9 @@ from compressors.model.sources.source import Source
 from exporter.hub import bundled_text, resolve_model
 from exporter.planning.job import Job
 from exporter.planning.plan import Plan
-from exporter.planning.planner import TextCounts, choose_recipe, predict_recipe, wanted_blocks
+from exporter.planning.planner import TextCounts, choose_recipe, mix_of, predict_recipe, wanted_blocks
 from exporter.planning.preflight import refuse_too_short_a_context, spare_disk
-from exporter.planning.recipe import Recipe, load_recipe
+from exporter.planning.recipe import MixedText, Recipe, TextChoice, load_recipe
 from exporter.planning.teacher_floor import TeacherFloor, choose_teacher_floor
 from exporter.processes.team import local_processes
 from exporter.publishing.deviations import find_deviations
@@ -30,10 +31,15 @@ __all__ = ["make_plan", "texts_of"]
 _BUNDLED_NAME = "tiny-moe"
 
 
-def make_plan(job: Job, command: str) -> Plan:
+def make_plan(job: Job, command: str, folder: Path | None = None) -> Plan:
     """Decides everything that can be decided from names, shapes and bytes; no weight is read.
 
     If there are several budgets, the plan is for the first.
+
+    Args:
+        job: the job.
+        command: the command as it was typed.
+        folder: the model's place, which may hold headers alone; None: where the job's model is, downloaded if need be.
 
     Raises:
         InputError: the model, a text or the recipe is wrong.
@@ -41,7 +47,7 @@ def make_plan(job: Job, command: str) -> Plan:
     """
     recipe = None if job.recipe is None else load_recipe(job.recipe)
     keeps_mtp = job.keep_mtp if recipe is None else recipe.source.keep_mtp
-    checkpoint = open_source(resolve_model(job.model, job.revision, offline=job.offline), keeps_mtp=keeps_mtp)
+    checkpoint = open_source(folder or resolve_model(job.model, job.revision, offline=job.offline), keeps_mtp=keeps_mtp)
     refuse_too_short_a_context(checkpoint.spec)
     calibration, heldout = texts_of(job)
     splits = read_splits(calibration, heldout)
@@ -63,7 +69,7 @@ def make_plan(job: Job, command: str) -> Plan:
     plan = Plan(
         recipe=recipe,
         source=whole_path(checkpoint.path),
-        calibration=calibration.resolve(),
+        calibration=tuple(replace(text, path=text.path.resolve()) for text in calibration),
         heldout=None if heldout is None else heldout.resolve(),
         predictions=predictions,
         # a recipe's number of blocks is followed as it stands, whatever the clock says
@@ -80,6 +86,7 @@ def make_plan(job: Job, command: str) -> Plan:
         may_train=search is not None and search.recover != "none",
         imatrix=None if job.imatrix is None else job.imatrix.resolve(),
         search=search,
+        mixture=counts.mixture,
     )
     if not job.floors:
         return plan
@@ -95,19 +102,21 @@ def _counted(job: Job, splits: Splits, checkpoint: Source, wanted: BlockCounts) 
         InputError: a text is too short, or two share text.
     """
     folder, length = checkpoint.tokenizer_folder, block_length_of(checkpoint.spec.context_length)
-    if job.calibration is None and job.text is None and have_enough(splits, folder, length, wanted):
+    if not job.calibration and job.text is None and have_enough(splits, folder, length, wanted):
         return TextCounts(wanted.calibration, wanted.selection, len(splits.heldout.parts))
     calibration, selection, heldout = tokenize(splits, folder, length, wanted)
     if job.recipe is not None:
         calibration.check_has(wanted.calibration)  # refused now, not by the stage
         selection.check_has(wanted.selection)
-    return TextCounts(calibration.n_blocks, selection.n_blocks, len(heldout.blocks))
+    n_blocks = min(wanted.calibration, calibration.n_blocks)
+    mixture = calibration.described_mixture(n_blocks) if mix_of(job.calibration) else ""
+    return TextCounts(calibration.n_blocks, selection.n_blocks, len(heldout.blocks), mixture)
 
 
-def texts_of(job: Job) -> tuple[Path, Path | None]:
-    """The calibration text, and the held-out text if it is a different one."""
-    if job.calibration is None:
-        return bundled_text("calibration"), job.text or bundled_text("heldout")
+def texts_of(job: Job) -> tuple[tuple[WeightedText, ...], Path | None]:
+    """The calibration texts, and the held-out text if it is a different one."""
+    if not job.calibration:
+        return (WeightedText(bundled_text("calibration")),), job.text or bundled_text("heldout")
     return job.calibration, job.text
 
 
@@ -138,13 +147,26 @@ def _completed(job: Job, recipe: Recipe, checkpoint: Source, splits: Splits) -> 
     for name, split in vars(splits).items():
         if getattr(recipe.text, f"{name}_sha256") not in (None, split.sha256):
             raise InputError(f"{path} was made for another {name} text; give that with --calibration and --text")
+    mix = mix_of(job.calibration)
+    _refuse_another_mix(recipe.text, mix, path)
     _refuse_another_imatrix(job, recipe)
     return recipe.model_copy(
         update={
             "source": recipe.source.model_copy(update={"identity": identity}),
-            "text": recipe.text.model_copy(update=digests),
+            "text": recipe.text.model_copy(update={**digests, "mix": mix}),
         }
     )
+
+
+def _refuse_another_mix(text: TextChoice, given: tuple[MixedText, ...], path: Path | None) -> None:
+    """Refuses other weights than the recipe's, or other kinds of text, unless it allows any text."""
+    is_open = not text.mix and text.calibration_sha256 is None
+    if not is_open and [one.effect for one in text.mix] != [one.effect for one in given]:
+        wanted = " ".join(f"--calibration PATH/{one.file}:{one.weight:g}" for one in text.mix)
+        raise InputError(
+            f"{path} was made for another mixture of calibration texts; give "
+            + (wanted or "--calibration with a single plain text")
+        )
 
 
 def _refuse_another_imatrix(job: Job, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from exporter.estimating.durations import format_duration
 from exporter.estimating.estimate import Speeds, describe_time, seconds_by_stage
 from exporter.estimating.needs import memory_lines
 from exporter.estimating.sizes import format_size
+from exporter.hub_headers import holds_headers_alone
 from exporter.inspection import parts_read_past
 from exporter.planning.compression import described_compression
 from exporter.planning.plan import Plan
@@ -55,6 +56,10 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
         choices.add_row("" if number else "note", note)
     for number, part in enumerate(parts_read_past(source)):
         choices.add_row("" if number else "read past", part)
+    if holds_headers_alone(plan.source):
+        choices.add_row("download", _download(plan))
+    if plan.mixture:
+        choices.add_row("calibration", plan.mixture)
     choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
     sizes = Table("predicted bytes", *plan.predictions, box=None)
     sizes.add_row("type", *(described_types(recipe.file(artifact)) for artifact in plan.predictions))
@@ -64,6 +69,11 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
         sizes.add_row(name.replace("_", " "), *values)
     disk, memory = disk_lines(plan), memory_lines(teacher, plan.student_spec, source.storage_type.itemsize)
     return Group(choices, "", sizes, "", _lines("work on disk, at most", disk), "", _lines("memory, at least", memory))
+
+
+def _download(plan: Plan) -> str:
+    n_bytes = sum(file.stat().st_size for file in plan.open_source().files)
+    return f"{format_size(n_bytes)} of weights, into the hub's cache; the time does not count it"
 
 
 def _lines(what: str, lines: Mapping[str, int]) -> Table:

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from compressors.calibration.mixture import WeightedText
 from compressors.calibration.splits import BlockCounts, Splits
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.running.arithmetic import fastest_arithmetic
@@ -27,6 +28,7 @@ from exporter.planning.recipe import (
     BudgetChoice,
     CompressChoice,
     FileChoice,
+    MixedText,
     Recipe,
     RecoverChoice,
     SourceChoice,
@@ -39,7 +41,7 @@ from exporter.searching.outlook import outlook_of, outlooks, refuse_unless_somet
 from exporter.searching.structures import structures_for, whole, with_experts
 from exporter.writing.files import sha256_of
 
-__all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "open_recipe", "predict_recipe", "wanted_blocks"]
+__all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "mix_of", "open_recipe", "predict_recipe", "wanted_blocks"]
 
 
 def _onnx_presets(quant: str) -> Sequence[str]:
@@ -59,6 +61,7 @@ class TextCounts:
     calibration: int
     selection: int
     heldout_files: int
+    mixture: str = ""  # the files that the calibration blocks come from, if there are several
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def choose_recipe(
         calibration_sha256=splits.calibration.sha256,
         selection_sha256=splits.selection.sha256,
         heldout_sha256=splits.heldout.sha256,
+        mix=mix_of(job.calibration),
     )
     undecided = open_recipe(job, checkpoint, name, text)
     chosen = _Pinned(job, checkpoint, undecided).best() if job.quant else _expected(job, checkpoint, undecided)
@@ -96,6 +100,13 @@ def choose_recipe(
     recipe = undecided.model_copy(update={"compress": chosen.compress, "recover": recover, **chosen.files})
     check_compression(recipe, checkpoint.spec)
     return recipe, dict(chosen.predictions), refused
+
+
+def mix_of(texts: Sequence[WeightedText]) -> tuple[MixedText, ...]:
+    """Several texts, or chats, as a recipe names them; nothing of a single plain text."""
+    if len(texts) < 2 and not any(text.is_chats for text in texts):
+        return ()
+    return tuple(MixedText(file=text.path.name, weight=text.weight) for text in texts)
 
 
 def open_recipe(job: Job, checkpoint: Source, name: str, text: TextChoice) -> Recipe:

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from compressors.calibration.chats import is_chats
 from compressors.calibration.splits import BlockCounts
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.kv_types import KvType
@@ -102,6 +103,18 @@ class BudgetChoice(_Part):
     kv_type: KvType
 
 
+class MixedText(_Part):
+    """One of several calibration texts, or chats."""
+
+    file: str  # its name; the end says whether it holds chats
+    weight: float = Field(gt=0, allow_inf_nan=False)
+
+    @property
+    def effect(self) -> tuple[bool, float]:
+        """The part that determines the output: whether the lines are chats, and the weight."""
+        return is_chats(Path(self.file)), self.weight
+
+
 class TextChoice(_Part):
     """The number of blocks that each split gives, and the hash of the text; null allows any text."""
 
@@ -111,6 +124,13 @@ class TextChoice(_Part):
     calibration_sha256: str | None = None
     selection_sha256: str | None = None
     heldout_sha256: str | None = None
+    mix: tuple[MixedText, ...] = ()  # the calibration texts; absent: one plain text, or a folder
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what most recipes do not say."""
+        values: dict[str, Any] = serialized(self)
+        return values if self.mix else {name: value for name, value in values.items() if name != "mix"}
 
     @property
     def blocks(self) -> BlockCounts:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from compressors.calibration.mixture import WeightedText
 from compressors.calibration.splits import Splits, read_splits
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.gguf_split import split_parts
@@ -112,14 +113,18 @@ def source_paths(source: Path) -> list[Path]:
 
 
 def refuse_changed_texts(
-    chosen: TextChoice, calibration: Path, heldout: Path | None, what_to_do: str, splits: Splits | None = None
+    chosen: TextChoice,
+    calibration: Sequence[WeightedText],
+    heldout: Path | None,
+    what_to_do: str,
+    splits: Splits | None = None,
 ) -> None:
     """Compares the texts with those that the recipe names.
 
     Args:
         chosen: the recipe's part that names the texts.
-        calibration: file or folder that the calibration and selection splits are from, and without ``heldout`` the
-            held-out split too.
+        calibration: files or folders that the calibration and selection splits are from, and without ``heldout``
+            the held-out split too.
         heldout: file or folder of the held-out split.
         what_to_do: the end of the message.
         splits: the texts, if they have been read already.
@@ -130,10 +135,14 @@ def refuse_changed_texts(
     splits = splits or read_splits(calibration, heldout)
     for name, split in vars(splits).items():
         if split.sha256 != getattr(chosen, f"{name}_sha256"):
-            place = heldout if name == "heldout" and heldout is not None else calibration
+            place = heldout if name == "heldout" and heldout is not None else _places(calibration)
             raise InputError(
                 f"{place} has changed since this run was planned: its {split.name} text is another; {what_to_do}"
             )
+
+
+def _places(texts: Sequence[WeightedText]) -> str:
+    return " or ".join(str(text.path) for text in texts)
 
 
 def _difference(name: str, before: FileState, now: FileState) -> str | None:

@@ -317,6 +317,11 @@ def text_table(report: Report) -> Table:
         for key, name in names.items()
         if (split := find(report, "text", key))
     ]
+    of_files = find(report, "text", "calibration", "blocks_by_file") or {}
+    rows[1:1] = [
+        Row(f"Calibration: {file}", (Cell(""), Cell(numbers.count(n_blocks)), Cell("")))
+        for file, n_blocks in of_files.items()
+    ]
     return Table(("Text", "Documents", "Blocks", "SHA-256"), tuple(rows))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,8 +42,9 @@ def calibrate(context: StageContext) -> None:
         splits, checkpoint.tokenizer_folder, block_length_of(checkpoint.spec.context_length), text.blocks
     )
     measured = heldout.leading(text.heldout_chunks_per_file)
+    learned = calibration.spread(text.calibration_blocks)
     blocks = Blocks(
-        calibration.spread(text.calibration_blocks).tokens_BT,
+        learned.tokens_BT,
         selection.spread(text.selection_blocks).tokens_BT,
         measured.tokens_BT,
     )
@@ -67,6 +69,8 @@ def calibrate(context: StageContext) -> None:
     if is_first():
         blocks.save(context.file(BLOCKS))
         summary = _summary(splits, blocks, measured.domains_B, likelihoods)
+        if text.mix:
+            summary["text"]["calibration"]["blocks_by_file"] = dict(Counter(learned.domains_B))
         context.file(SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
         last_words = find_last_words(blocks.heldout.numpy(), load_tokenizer(checkpoint.tokenizer_folder))
         save_last_words(last_words, context.file(LAST_WORDS))

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from compressors.calibration import separation, text_file, token_streams
 from compressors.calibration.documents import cut_parts, read_parts
+from compressors.calibration.mixture import WeightedText
 from compressors.calibration.separation import shared_text
 from compressors.calibration.splits import BlockCounts, load_tokenizer, read_splits, tokenize, tokenize_heldout
 from compressors.model.errors import InputError
@@ -143,10 +144,10 @@ def test_documents_are_the_same_whatever_is_held(tmp_path: Path, monkeypatch: py
     file = tmp_path / "all.txt"
     texts = [f"\u6f22{number}\n\ufeff \u3000\n" + number % 3 * "\n" + " \t\r\n" for number in range(100)]
     file.write_text("\n" + "\u3000\n\n" + "".join(texts), encoding="utf-8", newline="")
-    expected = [[part.text for part in cut] for cut in cut_parts(file, 3)]
+    expected = [[part.text for part in cut] for cut in cut_parts([WeightedText(file)], 3)]
     monkeypatch.setattr(text_file, "_PIECE_BYTES", 7)
     monkeypatch.setattr(text_file, "_MOST_HELD", 4)
-    assert [[part.text for part in cut] for cut in cut_parts(file, 3)] == expected
+    assert [[part.text for part in cut] for cut in cut_parts([WeightedText(file)], 3)] == expected
     assert expected[0][0] == "\n\u3000\n\n" + "".join(texts[:80]) and expected[0][2] == "".join(texts[90:])
     assert text_file.TextFile(file).n_documents == 100
 
