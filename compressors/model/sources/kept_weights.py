@@ -62,7 +62,7 @@ class KeptWeights:
         self._source.read_expert(role, came_from.source, came_from.kept[expert], out)
 
     def stored_types(self, role: Role, layer: int | None) -> tuple[GGMLQuantizationType, ...]:
-        """ggml's types in which the source holds a tensor; none if it is stored in another way, or not all of it is kept."""
+        """ggml's types in which the source holds a tensor; none if it is stored otherwise, or not all of it is kept."""
         if self._experts_axis(role, layer) is not None:
             return ()  # its rows or columns are others
         return self._source.stored_types(role, self._layer(layer))
