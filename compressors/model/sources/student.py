@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.weight_file import StoredTensors
 from compressors.model.sources.adapters import AdaptedExperts, factors_of, holds_adapter, holds_adapters
 from compressors.model.sources.kept_weights import KeptWeights
-from compressors.model.sources.shared_bases import SharedBases
 from compressors.model.sources.source import Source
 from compressors.model.sources.weights import Weights, WrittenWeights
 
@@ -117,7 +117,7 @@ class ExpertMap:
     def spec_of(self, teacher: ModelSpec) -> ModelSpec:
         """The student's description."""
         sizes = [
-            MoeSize(len(layer.groups), layer.width or teacher.blocks[layer.source].expert_width)
+            MoeSize(len(layer.groups), layer.width or teacher.blocks[layer.source].expert_width, layer.shared)
             if layer.groups
             else NO_MOE
             for layer in self.blocks

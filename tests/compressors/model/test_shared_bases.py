@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from compressors.model.description.roles import Role
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.errors import InputError
 from compressors.model.sources.adapters import adapter_tensors
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
-from compressors.model.sources.shared_bases import SharedBases
 from compressors.model.sources.student import ExpertMap, Student
 
 _ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
@@ -65,6 +65,7 @@ def test_an_expert_is_its_base_plus_its_adapter(whole: Student, source: Checkpoi
     overlay = _overlay(whole)
     student = whole.with_overlay(overlay)
     assert student.shared(0) is None and student.shared(_LAYER) == SharedBases(_BASE_OF, _N_BASES, _RANK)
+    assert student.spec.layers[0].bases is None and student.spec.layers[_LAYER].bases == student.shared(_LAYER)
     assert "model.layers.1.mlp.experts.bases.1.down_proj.weight" in overlay
     for expert, base in enumerate(_BASE_OF):
         for role in _ROLES:
