@@ -33,6 +33,11 @@ class SharedBases:
     ZERO: ClassVar[int] = -1
 
     @property
+    def own(self) -> tuple[int, ...]:
+        """The experts that have matrices of their own, ascending."""
+        return tuple(expert for expert, base in enumerate(self.base_of) if base is None)
+
+    @property
     def replaced(self) -> tuple[int, ...]:
         """The experts that have no matrices of their own, ascending."""
         return tuple(expert for expert, base in enumerate(self.base_of) if base is not None)
