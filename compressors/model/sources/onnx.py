@@ -145,7 +145,7 @@ class OnnxWeights:
         for weight in weights_of(spec):
             found = self._weight(weight, tensors)
             if weight.form is not Form.WHOLE:
-                self._factors[(weight.roles[0], weight.layer), weight.form] = found
+                self._factors |= {((role, weight.layer), weight.form): found for role in weight.roles}
                 continue
             for role in weight.roles:
                 self._weights[role, weight.layer] = (*self._weights.get((role, weight.layer), ()), found)
@@ -195,15 +195,19 @@ class OnnxWeights:
 
     def _on_base(self, place: Place, expert: int, bases: SharedBases) -> torch.Tensor:
         """The matrix of an expert that stands on a base: float32 [rows, columns]."""
-        number = bases.replaced.index(expert)
-        a_RI, b_RO = (
-            self._rows(self._factors[place, form], number * bases.rank, bases.rank)
-            for form in (Form.INPUTS, Form.OUTPUTS)
-        )
-        product_OI, base = b_RO.T @ a_RI, bases.base_of[expert]
+        number, base = bases.replaced.index(expert), bases.base_of[expert]
+        a_RI = self._factor(place, Form.INPUTS, number, bases.rank)
+        b_RO = self._factor(place, Form.OUTPUTS, number, bases.rank)
+        product_OI = b_RO.T @ a_RI
         if base is None or base == SharedBases.ZERO:
             return product_OI
-        return self._rows(self._factors[place, Form.BASE], base * len(product_OI), len(product_OI)) + product_OI
+        return self._factor(place, Form.BASE, base, len(product_OI)) + product_OI
+
+    def _factor(self, place: Place, form: Form, number: int, n_rows: int) -> torch.Tensor:
+        """One role's rows of a base or of a factor: float32 [rows, columns]."""
+        weight = self._factors[place, form]
+        first = (number * len(weight.roles) + weight.roles.index(place[0])) * n_rows
+        return self._rows(weight, first, n_rows)
 
     def _of_bases(self, role: Role, layer: int | None) -> tuple[_Weight, ...]:
         """The weight that says how the matrices of a layer are stored that all stand on bases: that of the bases."""

@@ -48,13 +48,14 @@ class Form(Enum):
     """The part of matrices that a weight holds; the values stand in its name in place of an expert's number.
 
     A matrix [O, I] of an expert that stands on a base (:mod:`compressors.model.description.shared_bases`) is the base's
-    plus B A. Both factors have long rows, so that blocks divide them as they divide the rows of whole matrices.
+    plus B A. Both factors have long rows, so that blocks divide them as they divide the rows of whole matrices. The
+    rows of gate and of up do not alternate here: those of gate come first.
     """
 
     WHOLE = "whole"
-    BASE = "bases"  # [bases, O, I]
-    INPUTS = "adapter_a"  # A of each expert that stands on a base: [experts, R, I]
-    OUTPUTS = "adapter_b"  # B of each, transposed: [experts, R, O]
+    BASE = "bases"  # [bases, P O, I] for P matrices: gate and up, or one
+    INPUTS = "adapter_a"  # A of each expert that stands on a base: [experts, P R, I]
+    OUTPUTS = "adapter_b"  # B of each, transposed: [experts, P R, O]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _weights_of_layer(layer: LayerSpec, index: int) -> Iterator[OnnxWeight]:
             whole = (len(experts), *shape) if experts else shape
             yield OnnxWeight(name.format(layer=index), roles, index, whole, n_copies=n_copies, numbers=experts)
         if layer.bases is not None and tensors[0].is_per_expert:
-            yield from (weight for tensor in tensors for weight in _factors(tensor, layer, layer.bases, index))
+            yield from _factors(tensors, layer, layer.bases, index)
 
 
 def _own_experts(layer: LayerSpec) -> tuple[int, ...]:
@@ -117,9 +118,13 @@ def _own_experts(layer: LayerSpec) -> tuple[int, ...]:
     return tuple(range(layer.n_experts)) if layer.bases is None else layer.bases.own
 
 
-def _factors(tensor: TensorSpec, layer: LayerSpec, bases: SharedBases, index: int) -> Iterator[OnnxWeight]:
-    """The bases of one of an expert's matrices, and the adapters of all experts that stand on them."""
-    rows, columns = layer.dimensions(tensor)
+def _factors(tensors: Sequence[TensorSpec], layer: LayerSpec, bases: SharedBases, index: int) -> Iterator[OnnxWeight]:
+    """The bases of some of an expert's matrices, and the adapters of all experts that stand on them.
+
+    Like adapters in an overlay they are named after the first matrix.
+    """
+    rows, columns = layer.dimensions(tensors[0])
+    roles = tuple(tensor.role for tensor in tensors)
     forms: Iterable[tuple[Form, tuple[int, ...], tuple[int, int]]] = (
         (Form.BASE, tuple(range(bases.n_bases)), (rows, columns)),
         (Form.INPUTS, bases.replaced, (bases.rank, columns)),
@@ -127,8 +132,9 @@ def _factors(tensor: TensorSpec, layer: LayerSpec, bases: SharedBases, index: in
     )
     for form, numbers, shape in forms:
         if numbers:
-            name = tensor.name.format(layer=index, expert=form.value)
-            yield OnnxWeight(name, (tensor.role,), index, (len(numbers), *shape), form=form, numbers=numbers)
+            name = tensors[0].name.format(layer=index, expert=form.value)
+            whole = (len(numbers), len(tensors) * shape[0], shape[1])
+            yield OnnxWeight(name, roles, index, whole, form=form, numbers=numbers)
 
 
 def _copies(tensors: Sequence[TensorSpec], layer: LayerSpec) -> int:

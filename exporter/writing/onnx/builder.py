@@ -63,11 +63,23 @@ class GraphBuilder:
             then: adds the nodes of the way for true, and returns what they make.
             otherwise: the same for false.
         """
+        return self.choices(condition, [output], then=lambda: [then()], otherwise=lambda: [otherwise()])[0]
+
+    def choices(
+        self,
+        condition: str,
+        outputs: Sequence[str],
+        *,
+        then: Callable[[], Sequence[str]],
+        otherwise: Callable[[], Sequence[str]],
+    ) -> Sequence[str]:
+        """Adds two ways to make some float32 values, as :meth:`choice` does for one, and returns their names."""
         branches = {
-            "then_branch": self._branch(f"{output}.then", then),
-            "else_branch": self._branch(f"{output}.else", otherwise),
+            "then_branch": self._branch(f"{outputs[0]}.then", then),
+            "else_branch": self._branch(f"{outputs[0]}.else", otherwise),
         }
-        return self.node("If", [condition], output, **branches)
+        self.node("If", [condition], outputs, **branches)
+        return outputs
 
     def loop(
         self,
@@ -102,11 +114,11 @@ class GraphBuilder:
         self.node("Loop", [trips, always, *carried], outputs, body=graph)
         return outputs
 
-    def _branch(self, name: str, add: Callable[[], str]) -> onnx.GraphProto:
+    def _branch(self, name: str, add: Callable[[], Sequence[str]]) -> onnx.GraphProto:
         """The nodes that a function adds, as a graph of their own; they may use values from outside."""
         outside, self._nodes = self._nodes, []
-        result = onnx.helper.make_tensor_value_info(add(), onnx.TensorProto.FLOAT, None)
-        branch = onnx.helper.make_graph(self._nodes, name, [], [result])
+        results = [onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None) for value in add()]
+        branch = onnx.helper.make_graph(self._nodes, name, [], results)
         self._nodes = outside
         return branch
 

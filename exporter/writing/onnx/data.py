@@ -147,11 +147,16 @@ class _Values:
                 quantize_rows(matrix.values_RN, GGMLQuantizationType.F32, name=matrix.name)
                 for matrix in self.matrices.values()
             ]
-            return [places[0].part(_alternating(float32 * weight.n_copies))]
+            return [places[0].part(self._together(float32))]
         quantized = [_blocks(matrix, encoding, feedback) for matrix in self.matrices.values()]
-        codes = _alternating([pack(blocks.codes_RN, blocks.bits) for blocks in quantized] * weight.n_copies)
-        scales = _alternating([blocks.scales_RK.astype(np.float16) for blocks in quantized] * weight.n_copies)
+        codes = self._together([pack(blocks.codes_RN, blocks.bits) for blocks in quantized])
+        scales = self._together([blocks.scales_RK.astype(np.float16) for blocks in quantized])
         return [places[0].part(codes), places[1].part(scales)]
+
+    def _together(self, rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """The rows of all roles as the weight has them: alternating, with copies; or one role's after the other's."""
+        weight = self.rows.weight
+        return _alternating(list(rows) * weight.n_copies) if weight.form is Form.WHOLE else np.concatenate(rows)
 
 
 class _Weights:

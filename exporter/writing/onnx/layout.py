@@ -124,9 +124,10 @@ class TensorLayout:
     @cached_property
     def _factors(self) -> dict[tuple[Role, int | None, Form], WeightPlan]:
         return {
-            (weight.roles[0], weight.layer, weight.form): weight
+            (role, weight.layer, weight.form): weight
             for weight in self.weights
             if weight.form is not Form.WHOLE
+            for role in weight.roles
         }
 
     @property

@@ -138,13 +138,13 @@ class WeightNodes:
                 self.scales(weight)
 
     def factor(self, role: Role, layer: int, form: Form, number: str, output: str) -> str:
-        """One expert's factor of an adapter: float32 [R, columns].
+        """Factors of the adapters of experts: float32 [..., P R, columns], see :class:`Form`.
 
         Args:
-            role: the role of the matrix.
+            role: the role of a matrix.
             layer: its layer.
             form: which of the factors.
-            number: the name of the expert's place among those with adapters, a scalar.
+            number: the name of the experts' places among those with adapters: a scalar or [N].
             output: the result's name.
         """
         weight = self._layout.factor(role, layer, form)
