@@ -60,7 +60,17 @@ def _mtp(spec: ModelSpec) -> str | None:
     return f"{spec.family.why_no_mtp or 'llama.cpp has no such graph'}: leave --keep-mtp out"
 
 
+def _shared_bases(spec: ModelSpec) -> str | None:
+    if all(layer.bases is None for layer in spec.blocks):
+        return None
+    return (
+        "llama.cpp's graphs read every expert's matrices whole, and experts of this model share a base and have an "
+        "adapter each: they cannot be written as GGUF unless --materialize multiplies them out, which saves nothing"
+    )
+
+
 RULES = (
+    Rule(Container.GGUF, Feature.SHARED_BASES, "none: `--materialize` multiplies them out", _shared_bases),
     Rule(
         Container.GGUF,
         Feature.DIFFERENT_LAYERS,

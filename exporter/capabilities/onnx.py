@@ -68,6 +68,17 @@ def _expert_function(spec: ModelSpec) -> str | None:
     return _refused(f"ONNX Runtime's operators MoE and QMoE do not compute {_listed(lacking)} on the CPU", lacking)
 
 
+def _shared_bases(spec: ModelSpec) -> str | None:
+    """Nodes add what experts on bases lack to ONNX Runtime's operators: its functions, without biases."""
+    layers = [(layer, layer.routed) for layer in spec.written.layers if layer.bases is not None]
+    lacking = []
+    if any(Role.EXPERT_GATE_UP_BIAS in layer.roles or Role.EXPERT_DOWN_BIAS in layer.roles for layer, _ in layers):
+        lacking.append("biases of experts")
+    if any(routed is not None and needs_nodes(routed) for _, routed in layers):
+        lacking.append("experts that no operator computes")
+    return _refused(f"our ONNX graphs have no shared bases beside {_listed(lacking)}", lacking)
+
+
 def _routing(spec: ModelSpec) -> str | None:
     """Nodes for experts choose by the logits alone; weights are a softmax over the chosen."""
     by_nodes = [layer.routed for layer in spec.written.layers if layer.routed is not None and needs_nodes(layer.routed)]
@@ -103,6 +114,12 @@ RULES = (
         "SwiGLU, its limits and offsets included, and without a gate the square of ReLU, by operators; other functions "
         "with a gate by nodes for each expert",
         _expert_function,
+    ),
+    Rule(
+        Container.ONNX,
+        Feature.SHARED_BASES,
+        "kept apart, with experts by operators and without biases",
+        _shared_bases,
     ),
     Rule(
         Container.ONNX,

@@ -40,6 +40,7 @@ class Feature(StrEnum):
     SHARED_EXPERT = "a shared expert"
     DENSE_LAYERS = "layers with a dense feed-forward beside layers with experts"
     DIFFERENT_LAYERS = "layers with different experts, or without any"
+    SHARED_BASES = "experts that share a base, with an adapter each"
     SIZE = "numbers of experts and layers"
     SCALARS = "factors of embeddings, logits and what layers add"
     MTP = "a layer that predicts further tokens (MTP)"

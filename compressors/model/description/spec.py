@@ -37,6 +37,7 @@ from compressors.model.description.feed_forward import Dense, FeedForward, LostM
 from compressors.model.description.mixers import Mixer
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.description.tensors import Kind, TensorSpec
 
 __all__ = ["NO_MOE", "LayerSpec", "ModelSpec", "MoeSize", "Place"]
@@ -51,6 +52,7 @@ class MoeSize:
 
     n_experts: int
     expert_width: int
+    bases: SharedBases | None = None  # those that experts stand on; None: each has matrices of its own
 
 
 NO_MOE = MoeSize(0, 0)
@@ -68,6 +70,8 @@ class LayerSpec:
         tensors: all tensors of the layer, in the order of their roles; one that each expert has stands here once.
         lost_modules: modules of transformers' layer that it has lost.
         residual_scale: multiplies the outputs of mixer and feed-forward before they are added to the hidden state.
+        bases: the bases that experts share, which a file may hold in place of these experts' matrices; None: each
+            expert has matrices of its own.
     """
 
     mixer: Mixer
@@ -76,6 +80,7 @@ class LayerSpec:
     tensors: tuple[TensorSpec, ...]
     lost_modules: tuple[LostModule, ...] = ()
     residual_scale: float = 1.0
+    bases: SharedBases | None = None
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
@@ -90,7 +95,7 @@ class LayerSpec:
 
     @property
     def moe(self) -> MoeSize:
-        """The number and the width of its experts; :data:`NO_MOE` if it has none."""
+        """The number and the width of its experts, without their bases; :data:`NO_MOE` if it has none."""
         return NO_MOE if self.routed is None else MoeSize(self.routed.n_experts, self.routed.width)
 
     @property
@@ -168,7 +173,7 @@ class LayerSpec:
             gone = (tensor for tensor in self.tensors if tensor not in kept and tensor.kind is Kind.NORM)
             norms = (LostModule(tensor.submodule) for tensor in gone)
             return replace(self, feed_forward=None, tensors=kept, lost_modules=(*norms, *self.routed.block))
-        return replace(self, feed_forward=self.routed.resized(size.n_experts, size.expert_width))
+        return replace(self, feed_forward=self.routed.resized(size.n_experts, size.expert_width), bases=size.bases)
 
     def _size(self, axis: str) -> int:
         """The size of an axis, which is a letter, a number, or a number times a letter."""

@@ -13,6 +13,7 @@ __all__ = [
     "CODES",
     "DATA_FILE",
     "EMBEDDING_FACTOR",
+    "EXPERTS_SUM",
     "HEAD_FACTOR",
     "IN_FLOAT32",
     "JOINED",
@@ -21,6 +22,7 @@ __all__ = [
     "MATRIX",
     "MODEL_FILE",
     "NORM_SCALES",
+    "OWN_EXPERTS",
     "RELU_ALPHA",
     "RESIDUAL_FACTOR",
     "ROTARY_COSINE",
@@ -29,6 +31,7 @@ __all__ = [
     "ROUTING",
     "SCALES",
     "STATES",
+    "WEIGHTS_OF_ALL",
     "cache_input",
     "cache_output",
     "cached_layer",
@@ -61,6 +64,9 @@ CHOSEN_LOGITS, CHOSEN_WEIGHTS = "chosen.logits", "chosen.weights"
 """The largest logits of each token, and its experts' weights in that order, where nodes compute the experts."""
 BY_EXPERT = ".by_expert"
 """Ends the names of products of all experts, under each other."""
+WEIGHTS_OF_ALL, OWN_EXPERTS, EXPERTS_SUM = "weights.of_all", "experts.own", "experts.sum"
+"""The weights of all experts, 0 for those that a token did not choose; the output of the experts with matrices of their
+own, and the sum with those that stand on bases: in layers that have such experts."""
 RELU_ALPHA = 1e6
 """The factor inside of a sigmoid that makes it 0 below zero and 1 above, so that x sigmoid(alpha x) is ReLU."""
 ROUTING = "routing"

@@ -18,7 +18,7 @@ from compressors.model.description.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdaptedExperts", "adapter_tensors", "holds_adapters"]
+__all__ = ["AdaptedExperts", "adapter_tensors", "factors_of", "holds_adapter", "holds_adapters"]
 
 _A, _B = ".adapter_a", ".adapter_b"
 
@@ -37,6 +37,16 @@ class _Matrix:
 def adapter_tensors(first: str, a_PRI: torch.Tensor, b_POR: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors of an overlay that hold an adapter, of one expert's matrices of which the first has this name."""
     return {first + _A: a_PRI, first + _B: b_POR}
+
+
+def factors_of(overlay: Mapping[str, torch.Tensor], first: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors A [P, R, I] and B [P, O, R] of an overlay's adapter that is named after this matrix."""
+    return overlay[first + _A], overlay[first + _B]
+
+
+def holds_adapter(overlay: Mapping[str, torch.Tensor], first: str) -> bool:
+    """True if this overlay has an adapter that is named after this matrix."""
+    return first + _A in overlay
 
 
 def holds_adapters(overlay: Mapping[str, torch.Tensor]) -> bool:
@@ -70,7 +80,7 @@ class AdaptedExperts(Mapping[str, "torch.Tensor"]):
             for roles in (layer.routed.input_roles, (Role.EXPERT_DOWN,)):
                 for expert in range(layer.n_experts):
                     first = name(roles[0], index, expert)
-                    if first + _A in overlay:
+                    if holds_adapter(overlay, first):
                         found = {
                             name(role, index, expert): _Matrix(role, index, expert, first, part)
                             for part, role in enumerate(roles)
@@ -83,7 +93,7 @@ class AdaptedExperts(Mapping[str, "torch.Tensor"]):
         if matrix is None:
             return self._overlay[name]
         stored_OI = self._stored(matrix.role, matrix.layer, matrix.expert)
-        a_PRI, b_POR = self._overlay[matrix.first + _A], self._overlay[matrix.first + _B]
+        a_PRI, b_POR = factors_of(self._overlay, matrix.first)
         merged: torch.Tensor = stored_OI.float() + (b_POR @ a_PRI)[matrix.part]
         return merged.to(stored_OI.dtype)
 

@@ -22,6 +22,7 @@ import onnx
 import torch
 
 from compressors.model.description.roles import Role
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.description.spec import ModelSpec, Place
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
@@ -32,7 +33,7 @@ from compressors.model.files.onnx_graph import external_place, read_graph
 from compressors.model.files.onnx_names import CODES, DATA_FILE, MATRIX, MODEL_FILE, SCALES, expert_matrix
 from compressors.model.files.raw_file import RawFile
 from compressors.model.names import shown
-from compressors.model.sources.onnx_weights import OnnxWeight, Part, weights_of
+from compressors.model.sources.onnx_weights import Form, OnnxWeight, Part, weights_of
 from compressors.model.sources.weights import ReplacedValues, StoredType, TunablePart
 
 __all__ = ["OnnxWeights"]
@@ -140,8 +141,12 @@ class OnnxWeights:
             (tensor.role, layer): tensor for tensor, layer in spec.written.places
         }
         self._weights: dict[Place, tuple[_Weight, ...]] = {}
+        self._factors: dict[tuple[Place, Form], _Weight] = {}  # of experts that stand on bases
         for weight in weights_of(spec):
             found = self._weight(weight, tensors)
+            if weight.form is not Form.WHOLE:
+                self._factors |= {((role, weight.layer), weight.form): found for role in weight.roles}
+                continue
             for role in weight.roles:
                 self._weights[role, weight.layer] = (*self._weights.get((role, weight.layer), ()), found)
 
@@ -151,8 +156,8 @@ class OnnxWeights:
 
     def stored_type(self, role: Role, layer: int | None, part: int = 0) -> StoredType:
         """F32, ggml's type of blocks of 32 values in 4 or 8 bits, or bits and block size."""
-        weights = self._weights.get((role, layer))
-        blocks = None if weights is None else weights[min(part, len(weights) - 1)].blocks
+        weights = self._weights.get((role, layer)) or self._of_bases(role, layer)
+        blocks = weights[min(part, len(weights) - 1)].blocks if weights else None
         return GGMLQuantizationType.F32 if blocks is None else _OF_GGML.get(blocks, blocks)
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
@@ -178,14 +183,40 @@ class OnnxWeights:
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out`` with one expert's projection."""
+        bases = self._spec.written.layers[layer].bases
+        if bases is not None and bases.base_of[expert] is not None:
+            out.copy_(self._on_base((role, layer), expert, bases))
+            return
+        place = expert if bases is None else bases.own.index(expert)
         (weight,) = self._weights[role, layer]
         n_rows = len(out) * weight.n_together
-        rows = self._rows(weight, expert * n_rows, n_rows)
+        rows = self._rows(weight, place * n_rows, n_rows)
         out.copy_(rows[weight.roles.index(role) :: weight.n_together])
+
+    def _on_base(self, place: Place, expert: int, bases: SharedBases) -> torch.Tensor:
+        """The matrix of an expert that stands on a base: float32 [rows, columns]."""
+        number, base = bases.replaced.index(expert), bases.base_of[expert]
+        a_RI = self._factor(place, Form.INPUTS, number, bases.rank)
+        b_RO = self._factor(place, Form.OUTPUTS, number, bases.rank)
+        product_OI = b_RO.T @ a_RI
+        if base is None or base == SharedBases.ZERO:
+            return product_OI
+        return self._factor(place, Form.BASE, base, len(product_OI)) + product_OI
+
+    def _factor(self, place: Place, form: Form, number: int, n_rows: int) -> torch.Tensor:
+        """One role's rows of a base or of a factor: float32 [rows, columns]."""
+        weight = self._factors[place, form]
+        first = (number * len(weight.roles) + weight.roles.index(place[0])) * n_rows
+        return self._rows(weight, first, n_rows)
+
+    def _of_bases(self, role: Role, layer: int | None) -> tuple[_Weight, ...]:
+        """The weight that says how the matrices of a layer are stored that all stand on bases: that of the bases."""
+        found = (self._factors.get(((role, layer), form)) for form in (Form.BASE, Form.INPUTS))
+        return tuple(weight for weight in found if weight is not None)[:1]
 
     def block_length(self, role: Role, layer: int | None) -> int | None:
         """The number of values of a row that share a scale; None if the tensor has no scales of its own rows."""
-        weight = self._whole(role, layer)
+        weight = None if self._of_bases(role, layer) else self._whole(role, layer)
         return None if weight is None or weight.blocks is None else weight.blocks.block_size
 
     def tunable(self, role: Role, layer: int | None) -> torch.Tensor:
@@ -269,6 +300,8 @@ class OnnxWeights:
 
     def _tunable_weight(self, role: Role, layer: int | None) -> _Weight:
         weights = self._weights.get((role, layer), ())
+        if self._of_bases(role, layer):
+            raise InputError(f"{self._graph_file}: experts of layer {layer} stand on bases, so no scales are theirs")
         if not weights:
             raise InputError(f"{self._graph_file} has no tensor of the role {role}: it holds a dense model")
         weight = weights[0]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from compressors.model.description.roles import Role
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.description.transforms import HeadMatrices
@@ -15,7 +17,7 @@ from compressors.model.description.transforms import HeadMatrices
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OnnxWeight", "Part", "row_lengths", "weights_of", "written_shape"]
+__all__ = ["Form", "OnnxWeight", "Part", "row_lengths", "weights_of", "written_shape"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,20 @@ class Part:
         return values.T if self.is_transposed else values
 
 
+class Form(Enum):
+    """The part of matrices that a weight holds; the values stand in its name in place of an expert's number.
+
+    A matrix [O, I] of an expert that stands on a base (:mod:`compressors.model.description.shared_bases`) is the base's
+    plus B A. Both factors have long rows, so that blocks divide them as they divide the rows of whole matrices. The
+    rows of gate and of up do not alternate here: those of gate come first.
+    """
+
+    WHOLE = "whole"
+    BASE = "bases"  # [bases, P O, I] for P matrices: gate and up, or one
+    INPUTS = "adapter_a"  # A of each expert that stands on a base: [experts, P R, I]
+    OUTPUTS = "adapter_b"  # B of each, transposed: [experts, P R, O]
+
+
 @dataclass(frozen=True)
 class OnnxWeight:
     """A weight of the graph, as the description tells.
@@ -53,6 +69,8 @@ class OnnxWeight:
         shape: [D], [rows, columns], or [E, rows, columns] of all experts.
         part: the part of the tensor that it is; None: it is whole.
         n_copies: the number of times that each row stands there, one after the other.
+        form: the part of the matrices that it holds.
+        numbers: the experts, or the bases, whose matrices follow each other in it.
     """
 
     name: str
@@ -61,6 +79,8 @@ class OnnxWeight:
     shape: tuple[int, ...]
     part: Part | None = None
     n_copies: int = 1
+    form: Form = Form.WHOLE
+    numbers: tuple[int, ...] = ()
 
 
 def weights_of(spec: ModelSpec) -> Iterator[OnnxWeight]:
@@ -82,11 +102,39 @@ def _weights_of_layer(layer: LayerSpec, index: int) -> Iterator[OnnxWeight]:
             yield from _weights_of_heads(matrices, tensors[0], layer, index)
             continue
         rows, *columns = layer.dimensions(tensors[0])
-        experts = [layer.n_experts] if tensors[0].is_per_expert else []
+        experts = _own_experts(layer) if tensors[0].is_per_expert else ()
         n_copies = _copies(tensors, layer)
-        shape = (*experts, len(tensors) * n_copies * rows, *columns)
+        shape = (len(tensors) * n_copies * rows, *columns)
         roles = tuple(tensor.role for tensor in tensors)
-        yield OnnxWeight(name.format(layer=index), roles, index, shape, n_copies=n_copies)
+        if experts or not tensors[0].is_per_expert:
+            whole = (len(experts), *shape) if experts else shape
+            yield OnnxWeight(name.format(layer=index), roles, index, whole, n_copies=n_copies, numbers=experts)
+        if layer.bases is not None and tensors[0].is_per_expert:
+            yield from _factors(tensors, layer, layer.bases, index)
+
+
+def _own_experts(layer: LayerSpec) -> tuple[int, ...]:
+    """The experts whose matrices the file holds whole."""
+    return tuple(range(layer.n_experts)) if layer.bases is None else layer.bases.own
+
+
+def _factors(tensors: Sequence[TensorSpec], layer: LayerSpec, bases: SharedBases, index: int) -> Iterator[OnnxWeight]:
+    """The bases of some of an expert's matrices, and the adapters of all experts that stand on them.
+
+    Like adapters in an overlay they are named after the first matrix.
+    """
+    rows, columns = layer.dimensions(tensors[0])
+    roles = tuple(tensor.role for tensor in tensors)
+    forms: Iterable[tuple[Form, tuple[int, ...], tuple[int, int]]] = (
+        (Form.BASE, tuple(range(bases.n_bases)), (rows, columns)),
+        (Form.INPUTS, bases.replaced, (bases.rank, columns)),
+        (Form.OUTPUTS, bases.replaced, (bases.rank, rows)),
+    )
+    for form, numbers, shape in forms:
+        if numbers:
+            name = tensors[0].name.format(layer=index, expert=form.value)
+            whole = (len(numbers), len(tensors) * shape[0], shape[1])
+            yield OnnxWeight(name, roles, index, whole, form=form, numbers=numbers)
 
 
 def _copies(tensors: Sequence[TensorSpec], layer: LayerSpec) -> int:

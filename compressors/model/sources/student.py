@@ -11,16 +11,19 @@ import json
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.weight_file import StoredTensors
-from compressors.model.sources.adapters import AdaptedExperts, holds_adapters
+from compressors.model.sources.adapters import AdaptedExperts, factors_of, holds_adapter, holds_adapters
+from compressors.model.sources.kept_weights import KeptWeights
 from compressors.model.sources.source import Source
 from compressors.model.sources.weights import Weights, WrittenWeights
 
@@ -39,6 +42,7 @@ class LayerMap:
     """[student expert]: the teacher's experts that it stands for, first the one that it comes from. Pruning keeps
     groups of one, merging makes larger ones; without any the layer has lost its MoE sub-layer."""
     width: int | None = None  # each expert's width; None: the teacher's. One expert for all may be as wide as its group
+    shared: SharedBases | None = None  # the experts that are a shared base and an adapter; None: none is
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -107,11 +111,13 @@ class ExpertMap:
             widest = spec.blocks[layer.source].expert_width * (len(members) if len(layer.groups) == 1 else 1)
             if layer.width is not None and not 1 <= layer.width <= widest:
                 raise ValueError(f"layer {layer.source} has experts of width {layer.width}")
+            if layer.shared is not None:
+                layer.shared.check_against(len(layer.groups))
 
     def spec_of(self, teacher: ModelSpec) -> ModelSpec:
         """The student's description."""
         sizes = [
-            MoeSize(len(layer.groups), layer.width or teacher.blocks[layer.source].expert_width)
+            MoeSize(len(layer.groups), layer.width or teacher.blocks[layer.source].expert_width, layer.shared)
             if layer.groups
             else NO_MOE
             for layer in self.blocks
@@ -132,6 +138,7 @@ class ExpertMap:
         """Plain data for a JSON or YAML file."""
         layers = [
             {"source": layer.source, "groups": [list(group) for group in layer.groups], "width": layer.width}
+            | ({} if layer.shared is None else {"shared": layer.shared.to_json()})
             for layer in self.blocks
         ]
         mtp = {} if self.mtp is None else {"mtp": layers.pop()}
@@ -141,7 +148,12 @@ class ExpertMap:
     def from_json(cls, data: Mapping[str, Any]) -> ExpertMap:
         """The inverse of :meth:`to_json`."""
         layers = [
-            LayerMap(int(layer["source"]), tuple(map(tuple, layer["groups"])), layer["width"])
+            LayerMap(
+                int(layer["source"]),
+                tuple(map(tuple, layer["groups"])),
+                layer["width"],
+                SharedBases.from_json(layer["shared"]) if "shared" in layer else None,
+            )
             for layer in (*data["layers"], *([data["mtp"]] if "mtp" in data else []))
         ]
         mtp = layers.pop() if "mtp" in data else None
@@ -171,7 +183,7 @@ class Student:
         self.experts = experts
         self.overlay: Mapping[str, torch.Tensor] = {} if overlay is None else overlay
         self.spec: ModelSpec = experts.spec_of(source.spec)
-        self._weights: Weights = _KeptWeights(source, experts) if weights is None else weights
+        self._weights: Weights = KeptWeights(source, experts) if weights is None else weights
 
     @classmethod
     def teacher(cls, source: Source) -> Student:
@@ -200,7 +212,7 @@ class Student:
     @property
     def is_original(self) -> bool:
         """True if it keeps everything and changes nothing."""
-        of_source = isinstance(self._weights, _KeptWeights)
+        of_source = isinstance(self._weights, KeptWeights)
         return of_source and self.experts == ExpertMap.identity(self.source.spec) and not self.overlay
 
     @property
@@ -211,6 +223,55 @@ class Student:
     def name(self, role: Role, layer: int | None = None, expert: int | None = None) -> str:
         """The Hugging Face name of a tensor in the student's numbering; overlays use it as their key."""
         return self.spec.tensor(role, layer).name.format(layer=layer, expert=expert)
+
+    def base_name(self, role: Role, layer: int, base: int) -> str:
+        """The name in overlays of a matrix that experts of a layer share (:class:`SharedBases`)."""
+        return self.spec.tensor(role, layer).name.format(layer=layer, expert=f"bases.{base}")
+
+    def shared(self, layer: int) -> SharedBases | None:
+        """The experts of a layer that are a shared base and an adapter; None: none is, or no longer.
+
+        A written file's numbers, and an overlay that has one of these experts whole, put other matrices in their place.
+        """
+        shared = self.experts.blocks[layer].shared
+        if shared is None or not all(self._is_factored(layer, expert) for expert in shared.replaced):
+            return None
+        return shared
+
+    def base(self, role: Role, layer: int, base: int) -> torch.Tensor:
+        """A base's gate [F, D], up [F, D] or down [D, F] projection, in storage dtype."""
+        return self.overlay[self.base_name(role, layer, base)]
+
+    def adapter(self, role: Role, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The float32 factors A [R, I] and B [O, R] of one that stands on a base: its matrix is the base plus B A."""
+        roles = self._trained_together(role, layer)
+        a_PRI, b_POR = factors_of(self.overlay, self.name(roles[0], layer, expert))
+        return a_PRI[roles.index(role)], b_POR[roles.index(role)]
+
+    def _trained_together(self, role: Role, layer: int) -> tuple[Role, ...]:
+        routed = self.spec.blocks[layer].routed
+        assert routed is not None, f"layer {layer} has no experts"
+        return (role,) if role is Role.EXPERT_DOWN else routed.input_roles
+
+    def _is_factored(self, layer: int, expert: int) -> bool:
+        """True if the matrices of an expert come from the overlay that has its adapters."""
+        maps = self.overlay.maps if isinstance(self.overlay, ChainMap) else [self.overlay]
+        down = self.name(Role.EXPERT_DOWN, layer, expert)
+        above = next((overlay for overlay in maps if down in overlay), None)
+        return above is not None and holds_adapter(above, down)
+
+    def _under_adapter(self, overlay: Mapping[str, torch.Tensor], role: Role, layer: int, expert: int) -> torch.Tensor:
+        """The matrix that an overlay's adapter is added to: the expert's base if it stands on one, else its own."""
+        shared = self.experts.blocks[layer].shared
+        base = None if shared is None else shared.base_of[expert]
+        if base is None:
+            return self.expert(role, layer, expert)
+        if base == SharedBases.ZERO:
+            import torch
+
+            return torch.zeros(self.spec.dimensions(role, layer), dtype=self.expert_dtype)
+        name = self.base_name(role, layer, base)
+        return overlay[name] if name in overlay else self.overlay[name]
 
     def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
         """The tensor of a role outside of experts; router rows are the surviving experts' [E, D].
@@ -262,7 +323,7 @@ class Student:
             expert: the expert that must be unchanged; None: all experts of the layer must be, where it is theirs.
         """
         names = self._names(role, layer) if expert is None else [self.name(role, layer, expert)]
-        if not isinstance(self._weights, _KeptWeights) or any(name in self.overlay for name in names):
+        if not isinstance(self._weights, KeptWeights) or any(name in self.overlay for name in names):
             return ()
         return self._weights.stored_types(role, layer)
 
@@ -273,7 +334,7 @@ class Student:
 
         The arguments are those of :meth:`~compressors.model.sources.source.Source.stored_rows`.
         """
-        assert isinstance(self._weights, _KeptWeights), "only what the source stores is asked for"
+        assert isinstance(self._weights, KeptWeights), "only what the source stores is asked for"
         return self._weights.stored_rows(role, layer, part, rows, expert)
 
     def _names(self, role: Role, layer: int | None) -> list[str]:
@@ -297,10 +358,11 @@ class Student:
     def with_overlay(self, overlay: Mapping[str, torch.Tensor]) -> Student:
         """The same student with these tensors in place of its own, and with adapters on top of them.
 
-        Tensors are read from the overlay, and adapters merged, when they are asked for.
+        Tensors are read from the overlay, and adapters merged, when they are asked for. Adapters of an expert that
+        stands on a base take the place of those that it had.
         """
         if holds_adapters(overlay):
-            overlay = AdaptedExperts(overlay, self.spec, self.name, self.expert)
+            overlay = AdaptedExperts(overlay, self.spec, self.name, partial(self._under_adapter, overlay))
         below = self.overlay.maps if isinstance(self.overlay, ChainMap) else [self.overlay]
         both = ChainMap(overlay, *below)  # type: ignore[arg-type]  # nothing is written to it
         return Student(self.source, self.experts, both, self._weights)
@@ -308,53 +370,3 @@ class Student:
     def as_written(self, weights: WrittenWeights) -> Student:
         """The same student with a file's numbers in place of all its own, its overlay included."""
         return Student(self.source, self.experts, weights=weights)
-
-
-class _KeptWeights:
-    """The source's tensors that a student keeps; implements :class:`~compressors.model.sources.weights.Weights`."""
-
-    def __init__(self, source: Source, experts: ExpertMap) -> None:
-        self._source = source
-        self._experts = experts
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._source.dtype
-
-    def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
-        return self._source.dtype_of(role, self._layer(layer))
-
-    def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
-        tensor = self._source.tensor(role, self._layer(layer))
-        axis = self._experts_axis(role, layer)
-        if layer is None or axis is None:
-            return tensor
-        import torch
-
-        return tensor.index_select(axis, torch.tensor(self._experts.blocks[layer].kept))
-
-    def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
-        if self._experts_axis(role, layer) is not None:
-            return self.tensor(role, layer)[rows]
-        return self._source.rows(role, self._layer(layer), rows)
-
-    def _experts_axis(self, role: Role, layer: int | None) -> int | None:
-        return self._source.spec.tensor(role, self._layer(layer)).experts_axis
-
-    def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
-        came_from = self._experts.blocks[layer]
-        self._source.read_expert(role, came_from.source, came_from.kept[expert], out)
-
-    def stored_types(self, role: Role, layer: int | None) -> tuple[GGMLQuantizationType, ...]:
-        if self._experts_axis(role, layer) is not None:
-            return ()  # its rows or columns are others
-        return self._source.stored_types(role, self._layer(layer))
-
-    def stored_rows(self, role: Role, layer: int | None, part: int, rows: slice, expert: int | None) -> torch.Tensor:
-        came_from = None if layer is None else self._experts.blocks[layer]
-        if came_from is not None and expert is not None:
-            expert = came_from.kept[expert]
-        return self._source.stored_rows(role, self._layer(layer), part, rows, expert)
-
-    def _layer(self, layer: int | None) -> int | None:
-        return None if layer is None else self._experts.blocks[layer].source

@@ -63,17 +63,62 @@ class GraphBuilder:
             then: adds the nodes of the way for true, and returns what they make.
             otherwise: the same for false.
         """
-        branches = {
-            "then_branch": self._branch(f"{output}.then", then),
-            "else_branch": self._branch(f"{output}.else", otherwise),
-        }
-        return self.node("If", [condition], output, **branches)
+        return self.choices(condition, [output], then=lambda: [then()], otherwise=lambda: [otherwise()])[0]
 
-    def _branch(self, name: str, add: Callable[[], str]) -> onnx.GraphProto:
+    def choices(
+        self,
+        condition: str,
+        outputs: Sequence[str],
+        *,
+        then: Callable[[], Sequence[str]],
+        otherwise: Callable[[], Sequence[str]],
+    ) -> Sequence[str]:
+        """Adds two ways to make some float32 values, as :meth:`choice` does for one, and returns their names."""
+        branches = {
+            "then_branch": self._branch(f"{outputs[0]}.then", then),
+            "else_branch": self._branch(f"{outputs[0]}.else", otherwise),
+        }
+        self.node("If", [condition], outputs, **branches)
+        return outputs
+
+    def loop(
+        self,
+        trips: str,
+        carried: Sequence[str],
+        outputs: Sequence[str],
+        body: Callable[[str, Sequence[str]], Sequence[str]],
+    ) -> Sequence[str]:
+        """Adds nodes that run so many times, each time on what they made before, and returns the last results' names.
+
+        Args:
+            trips: the number of times, int64 [1].
+            carried: names of float32 values at the start.
+            outputs: names of the results.
+            body: adds the nodes of one time; takes the name of its number, a scalar, and those of the values that the
+                time before it left, and returns the names of the new ones.
+        """
+        name = outputs[0]
+        number, condition = f"{name}.number", f"{name}.goes_on"
+        before = [f"{output}.before" for output in outputs]
+        always = self.constant("true", True, np.bool_)
+        outside, self._nodes = self._nodes, []
+        after = body(number, before)
+        self.node("Identity", [condition], f"{condition}.still")
+        floats, scalar = onnx.TensorProto.FLOAT, onnx.helper.make_tensor_value_info
+        inputs = [scalar(number, onnx.TensorProto.INT64, []), scalar(condition, onnx.TensorProto.BOOL, [])]
+        inputs += [scalar(value, floats, None) for value in before]
+        results = [scalar(f"{condition}.still", onnx.TensorProto.BOOL, [])]
+        results += [scalar(value, floats, None) for value in after]
+        graph = onnx.helper.make_graph(self._nodes, f"{name}.body", inputs, results)
+        self._nodes = outside
+        self.node("Loop", [trips, always, *carried], outputs, body=graph)
+        return outputs
+
+    def _branch(self, name: str, add: Callable[[], Sequence[str]]) -> onnx.GraphProto:
         """The nodes that a function adds, as a graph of their own; they may use values from outside."""
         outside, self._nodes = self._nodes, []
-        result = onnx.helper.make_tensor_value_info(add(), onnx.TensorProto.FLOAT, None)
-        branch = onnx.helper.make_graph(self._nodes, name, [], [result])
+        results = [onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None) for value in add()]
+        branch = onnx.helper.make_graph(self._nodes, name, [], results)
         self._nodes = outside
         return branch
 

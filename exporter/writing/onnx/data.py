@@ -20,6 +20,7 @@ from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
 from compressors.model.files.integer_blocks import IntegerBlocks
 from compressors.model.files.onnx_blocks import from_q4_0, from_q8_0, pack
+from compressors.model.sources.onnx_weights import Form
 from compressors.model.sources.student import Student
 from compressors.quantize import GGMLQuantizationType
 from compressors.quantize.blocks import search_blocks
@@ -80,8 +81,13 @@ class _Rows:
     """Consecutive rows of one weight."""
 
     weight: WeightPlan
-    expert: int | None
+    number: int | None  # of the expert or the base whose matrix it is; None: any other matrix
     rows: slice
+
+    @property
+    def expert(self) -> int | None:
+        """The expert whose whole matrix it is; None for any other matrix."""
+        return self.number if self.weight.form is Form.WHOLE else None
 
     @property
     def layer(self) -> int | None:
@@ -108,9 +114,9 @@ def _plan_rows(layout: TensorLayout) -> Iterator[_Rows]:
     """The weights in the file's order: whole experts, and slices of other matrices."""
     for weight in layout.weights:
         if layout.is_of_experts(weight):
-            *n_experts, rows_each, _ = weight.shape  # a dense feed-forward is the only expert
-            for expert in range(prod(n_experts)):
-                yield _Rows(weight, expert, slice(expert * rows_each, (expert + 1) * rows_each))
+            rows_each = weight.shape[-2]
+            for place, number in enumerate(weight.numbers or (0,)):  # a dense feed-forward is the only expert
+                yield _Rows(weight, number, slice(place * rows_each, (place + 1) * rows_each))
         else:
             for rows in row_slices(prod(weight.shape[:-1]), weight.shape[-1]):
                 yield _Rows(weight, None, rows)
@@ -141,11 +147,16 @@ class _Values:
                 quantize_rows(matrix.values_RN, GGMLQuantizationType.F32, name=matrix.name)
                 for matrix in self.matrices.values()
             ]
-            return [places[0].part(_alternating(float32 * weight.n_copies))]
+            return [places[0].part(self._together(float32))]
         quantized = [_blocks(matrix, encoding, feedback) for matrix in self.matrices.values()]
-        codes = _alternating([pack(blocks.codes_RN, blocks.bits) for blocks in quantized] * weight.n_copies)
-        scales = _alternating([blocks.scales_RK.astype(np.float16) for blocks in quantized] * weight.n_copies)
+        codes = self._together([pack(blocks.codes_RN, blocks.bits) for blocks in quantized])
+        scales = self._together([blocks.scales_RK.astype(np.float16) for blocks in quantized])
         return [places[0].part(codes), places[1].part(scales)]
+
+    def _together(self, rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """The rows of all roles as the weight has them: alternating, with copies; or one role's after the other's."""
+        weight = self.rows.weight
+        return _alternating(list(rows) * weight.n_copies) if weight.form is Form.WHOLE else np.concatenate(rows)
 
 
 class _Weights:
@@ -162,6 +173,8 @@ class _Weights:
         first, layer = group[0], group[0].weight.layer
         if self._feedback is None or not any(rows.has_codes for rows in group):
             return partial(_encoded, values, None)
+        if first.weight.form is not Form.WHOLE:
+            return partial(_encoded, values, None)
         if first.expert is None:
             is_turned = first.weight.part is not None and first.weight.part.is_transposed
             feedback = None if is_turned else self._feedback.matrix(first.weight.roles[0], layer)
@@ -172,6 +185,8 @@ class _Weights:
     def _matrix(self, rows: _Rows, role: Role) -> _Matrix:
         weight, student = rows.weight, self._student
         weights = self._importance.get((role, weight.layer))
+        if weight.form is not Form.WHOLE:
+            return self._factor(rows, role, weights)
         if rows.expert is not None:
             assert weight.layer is not None
             values_RN = student.expert(role, weight.layer, rows.expert)
@@ -184,6 +199,20 @@ class _Weights:
         values = student.tensor(role, weight.layer)[None] if is_vector else student.rows(role, weight.layer, rows.rows)
         rows_RN = values.flatten(0, -2)  # a convolution's rows have a channel each
         return _Matrix(rows_RN, weights, weight.codes.name)
+
+    def _factor(self, rows: _Rows, role: Role, importance_EN: torch.Tensor | None) -> _Matrix:
+        """A base, or a factor of an adapter; all experts on a base weigh its columns."""
+        weight, layer, number = rows.weight, rows.weight.layer, rows.number
+        assert layer is not None and number is not None
+        name, bases = f"{weight.codes.name}[{number}]", self._student.spec.layers[layer].bases
+        assert bases is not None, f"{name} stands on nothing"
+        if weight.form is Form.BASE:
+            own_N = None if importance_EN is None else importance_EN[list(bases.members(number))].mean(0)
+            return _Matrix(self._student.base(role, layer, number), own_N, name)
+        a_RI, b_OR = self._student.adapter(role, layer, number)
+        if weight.form is Form.OUTPUTS:
+            return _Matrix(b_OR.T.contiguous(), None, name)
+        return _Matrix(a_RI, None if importance_EN is None else importance_EN[number], name)
 
 
 def _encoded(values: Sequence[_Values], feedback: Feedback | None) -> list[Part]:

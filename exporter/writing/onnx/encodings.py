@@ -24,8 +24,8 @@ from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType, ProductInputs
 from compressors.model.sources.onnx_weights import row_lengths, written_shape
 
-__all__ = ["ENCODINGS", "FLOAT32", "PRESETS", "Encoding", "Preset", "Unit", "check_row_length", "encoding_named"]
-__all__ += ["onnx_units", "preset_named", "unit_encodings"]
+__all__ = ["ENCODINGS", "FLOAT32", "PRESETS", "Encoding", "Preset", "Unit", "adapter_encoding", "check_row_length"]
+__all__ += ["encoding_named", "onnx_units", "preset_named", "unit_encodings"]
 
 _BYTE_BITS, _FLOAT_BYTES, _SCALE_BYTES = 8, 4, 2
 _FLOAT32_PRODUCT_BITS = 4  # the only width with a product of float32 inputs that does not widen whole matrices
@@ -66,7 +66,8 @@ def _of_blocks(bits: int, block_size: int) -> Encoding:
 
 FLOAT32 = Encoding("F32", ggml_type=GGMLQuantizationType.F32)
 _Q4_0 = Encoding("Q4_0", BlockType(4, 32), GGMLQuantizationType.Q4_0)
-_Q8_0 = Encoding("Q8_0", BlockType(8, 32), GGMLQuantizationType.Q8_0)
+_Q8_0_BLOCK = 32
+_Q8_0 = Encoding("Q8_0", BlockType(8, _Q8_0_BLOCK), GGMLQuantizationType.Q8_0)
 _BLOCK_SIZES = {2: (32, 64, 128), 4: (16, 32, 64, 128), 8: (16, 32, 64, 128)}
 
 ENCODINGS: Mapping[str, Encoding] = {
@@ -79,6 +80,14 @@ ENCODINGS: Mapping[str, Encoding] = {
     )
 }
 """``4@128`` stands for codes of 4 bits in blocks of 128; Q4_0 and Q8_0 hold the numbers of ggml's types."""
+
+
+def adapter_encoding(of_experts: Encoding) -> Encoding:
+    """The encoding of the adapters of experts that stand on bases: 8 bits in blocks of the same size, or float32."""
+    if of_experts.blocks is None:
+        return FLOAT32
+    block_size = of_experts.blocks.block_size
+    return _Q8_0 if block_size == _Q8_0_BLOCK else _of_blocks(_BYTE_BITS, block_size)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from compressors.model.files.onnx_names import (
     SCALES,
     rotary_table,
 )
-from compressors.model.sources.onnx_weights import OnnxWeight, Part, weights_of
+from compressors.model.sources.onnx_weights import Form, OnnxWeight, Part, weights_of
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
-from exporter.writing.onnx.encodings import FLOAT32, Encoding, preset_named, unit_encodings
+from exporter.writing.onnx.encodings import FLOAT32, Encoding, adapter_encoding, preset_named, unit_encodings
 
 __all__ = ["DATA_FILE", "MODEL_FILE", "TensorLayout", "TensorPlan", "WeightPlan", "plan_tensors"]
 
@@ -72,6 +72,8 @@ class WeightPlan:
     scales: TensorPlan | None
     part: Part | None = None  # of the tensor; None: it is whole
     n_copies: int = 1  # each row stands so many times, one after the other
+    form: Form = Form.WHOLE  # the part of the matrices that it holds
+    numbers: tuple[int, ...] = ()  # the experts, or the bases, whose matrices follow each other in it
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
@@ -99,6 +101,10 @@ class TensorLayout:
         """The weights that hold a role, in their order in the file."""
         return self._by_role[role, layer]
 
+    def factor(self, role: Role, layer: int, form: Form) -> WeightPlan:
+        """The weight that holds the bases of a role's matrices, or factors of their adapters."""
+        return self._factors[role, layer, form]
+
     def has(self, role: Role, layer: int | None = None) -> bool:
         """True if a weight holds this role."""
         return (role, layer) in self._by_role
@@ -111,9 +117,18 @@ class TensorLayout:
     def _by_role(self) -> dict[tuple[Role, int | None], tuple[WeightPlan, ...]]:
         found: dict[tuple[Role, int | None], tuple[WeightPlan, ...]] = {}
         for weight in self.weights:
-            for role in weight.roles:
+            for role in weight.roles if weight.form is Form.WHOLE else ():
                 found[role, weight.layer] = (*found.get((role, weight.layer), ()), weight)
         return found
+
+    @cached_property
+    def _factors(self) -> dict[tuple[Role, int | None, Form], WeightPlan]:
+        return {
+            (role, weight.layer, weight.form): weight
+            for weight in self.weights
+            if weight.form is not Form.WHOLE
+            for role in weight.roles
+        }
 
     @property
     def tensors(self) -> Iterator[TensorPlan]:
@@ -167,13 +182,16 @@ class _Planner:
     def _encoded(self, weight: OnnxWeight) -> WeightPlan:
         name, roles, layer, shape = weight.name, weight.roles, weight.layer, weight.shape
         encoding = self._encodings.get((roles[0], layer), FLOAT32)  # norms and routers belong to no unit
+        if weight.form in (Form.INPUTS, Form.OUTPUTS):
+            encoding = adapter_encoding(encoding)
+        further = (weight.part, weight.n_copies, weight.form, weight.numbers)
         if encoding.blocks is None:
             values = self._place(name, shape, np.dtype(np.float32))
-            return WeightPlan(roles, layer, encoding, shape, values, None, weight.part, weight.n_copies)
+            return WeightPlan(roles, layer, encoding, shape, values, None, *further)
         *rows, columns = shape
         codes = self._place(name + CODES, (*rows, columns * encoding.bits // 8), np.dtype(np.uint8))
         scales = self._place(name + SCALES, (*rows, columns // encoding.blocks.block_size), np.dtype(np.float16))
-        return WeightPlan(roles, layer, encoding, shape, codes, scales, weight.part, weight.n_copies)
+        return WeightPlan(roles, layer, encoding, shape, codes, scales, *further)
 
     def _place(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorPlan:
         n_bytes = math.prod(shape) * dtype.itemsize

@@ -18,7 +18,7 @@ from compressors.model.description.routing import Routing, Score
 from compressors.model.files.onnx_names import ROUTING
 from exporter.writing.onnx.builder import GraphBuilder
 
-__all__ = ["OperatorRouting", "add_routing"]
+__all__ = ["OperatorRouting", "add_masked_routing", "add_routing"]
 
 _NOT_CHOSEN = -1e4
 _ONLY_A_GUARD = 1e-12  # an epsilon up to this only avoids 0 / 0, which does not occur after a softmax
@@ -32,11 +32,13 @@ class OperatorRouting:
         logits: the operator's input of its softmax: [tokens, E].
         normalizes: True if it divides the chosen weights by their sum.
         factor: the value that its output must be multiplied by; None: none.
+        gates: the weights of all experts, [tokens, E], if the operator shall not compute them.
     """
 
     logits: str
     normalizes: bool
     factor: str | None
+    gates: str | None = None
 
 
 def add_routing(graph: GraphBuilder, routed: Routed, logits: str, bias: str | None, prefix: str) -> OperatorRouting:
@@ -52,6 +54,16 @@ def add_routing(graph: GraphBuilder, routed: Routed, logits: str, bias: str | No
     if _is_the_operators(routed.routing):
         rows = _rows(graph, routed, logits, prefix)
         return OperatorRouting(rows, _sums_to_one(routed.routing), _constant_factor(graph, routed.routing))
+    return add_masked_routing(graph, routed, logits, bias, prefix)
+
+
+def add_masked_routing(
+    graph: GraphBuilder, routed: Routed, logits: str, bias: str | None, prefix: str
+) -> OperatorRouting:
+    """Adds the same, with all other experts' logits so low that a softmax over all makes their weights 0.
+
+    The arguments are those of :func:`add_routing`.
+    """
     return _Masked(graph, routed, prefix).add(logits, bias)
 
 

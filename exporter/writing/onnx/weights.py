@@ -13,6 +13,7 @@ from compressors.model.description.rope import Rope
 from compressors.model.description.spec import LayerSpec
 from compressors.model.description.tensors import NormKind
 from compressors.model.files.onnx_names import IN_FLOAT32, MATRIX, NORM_SCALES, expert_matrix
+from compressors.model.sources.onnx_weights import Form
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.layout import TensorLayout, TensorPlan, WeightPlan
 
@@ -124,6 +125,42 @@ class WeightNodes:
         return [
             self._product(_of_expert(whole, expert), rows, f"{output}.{expert}") for expert, rows in enumerate(values)
         ]
+
+    def product_of_base(self, role: Role, layer: int, base: int, values: str, output: str) -> str:
+        """The values @ a base's matrix.T; it is a part of the tensor of all bases of the layer."""
+        return self._product(_of_expert(self._layout.factor(role, layer, Form.BASE), base), values, output)
+
+    def use_factors(self, role: Role, layer: int) -> None:
+        """Widens the scales of a role's adapters; :meth:`factor` may then be called inside of a loop."""
+        for form in (Form.INPUTS, Form.OUTPUTS):
+            weight = self._layout.factor(role, layer, form)
+            if weight.scales is not None:
+                self.scales(weight)
+
+    def factor(self, role: Role, layer: int, form: Form, number: str, output: str) -> str:
+        """Factors of the adapters of experts: float32 [..., P R, columns], see :class:`Form`.
+
+        Args:
+            role: the role of a matrix.
+            layer: its layer.
+            form: which of the factors.
+            number: the name of the experts' places among those with adapters: a scalar or [N].
+            output: the result's name.
+        """
+        weight = self._layout.factor(role, layer, form)
+        codes, blocks = self._graph.external(weight.codes), weight.encoding.blocks
+        if blocks is None:
+            return self._graph.node("Gather", [codes, number], output, axis=0)
+        return self._graph.node(
+            "GatherBlockQuantized",
+            [codes, number, self.scales(weight)],
+            output,
+            domain=MICROSOFT,
+            bits=blocks.bits,
+            block_size=blocks.block_size,
+            gather_axis=0,
+            quantize_axis=2,
+        )
 
     def linear(self, role: Role, layer: int | None, values: str, output: str, bias: Role | None = None) -> str:
         """Adds values @ weight.T, plus the bias of that role where the model has one.

@@ -1,0 +1,96 @@
+"""Routed experts by ONNX Runtime's operators MoE and QMoE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from compressors.model.description.feed_forward import Routed
+from compressors.model.description.roles import Role
+from exporter.writing.onnx.builder import MICROSOFT
+from exporter.writing.onnx.glu import operator_attributes
+from exporter.writing.onnx.layout import WeightPlan
+from exporter.writing.onnx.routing import OperatorRouting
+from exporter.writing.onnx.weights import LayerNodes, accuracy_level
+
+__all__ = ["add_experts"]
+
+_ROUTER_WEIGHTS_INPUT = 14  # an input of QMoE
+
+
+def add_experts(layer: LayerNodes, routed: Routed, routing: OperatorRouting, normed: str, output: str) -> str:
+    """Adds the operator of a layer's experts: MoE for float32 matrices, else QMoE.
+
+    Args:
+        layer: takes the nodes.
+        routed: the experts whose matrices are whole.
+        routing: their weights, without the factor that the output must still be multiplied by.
+        normed: the name of their input.
+        output: the result's name.
+    """
+    gate_up, down = layer.weight(routed.input_roles[0]), layer.weight(Role.EXPERT_DOWN)
+    attributes = {"k": routed.top_k, "normalize_routing_weights": int(routing.normalizes)}
+    attributes |= operator_attributes(routed.glu)
+    if gate_up.encoding.blocks is None:
+        return _add_float32(layer, (gate_up, down), routing, normed, output, attributes)
+    return _add_quantized(layer, (gate_up, down), routing, normed, output, attributes)
+
+
+def _add_float32(
+    layer: LayerNodes,
+    matrices: tuple[WeightPlan, WeightPlan],
+    routing: OperatorRouting,
+    normed: str,
+    output: str,
+    attributes: dict[str, Any],
+) -> str:
+    graph, (gate_up, down) = layer.graph, matrices
+    of_gate_up, of_down = _biases(layer)
+    inputs = [normed, routing.logits, graph.external(gate_up.codes), of_gate_up, graph.external(down.codes), of_down]
+    if routing.normalizes:
+        return graph.node("MoE", inputs, output, domain=MICROSOFT, **attributes)
+    # ONNX Runtime 1.31's CPU kernel may write its output over its input. It copies the input first only when it
+    # normalises, and otherwise clears the values that it is about to read (moe_cpu.cc), so the block would add nothing.
+    # A later node that takes the input too keeps it; this one always selects the experts' output.
+    experts = graph.node("MoE", inputs, f"{output}.routed", domain=MICROSOFT, **attributes)
+    return graph.node("Where", [graph.constant("true", True, np.bool_), experts, normed], output)
+
+
+def _add_quantized(
+    layer: LayerNodes,
+    matrices: tuple[WeightPlan, WeightPlan],
+    routing: OperatorRouting,
+    normed: str,
+    output: str,
+    attributes: dict[str, Any],
+) -> str:
+    graph, (gate_up, down), blocks = layer.graph, matrices, matrices[0].encoding.blocks
+    assert blocks is not None and blocks == down.encoding.blocks, "the operator has one width and one block size"
+    gate_up_codes, down_codes = graph.external(gate_up.codes), graph.external(down.codes)
+    gate_up_scales, down_scales = layer.weights.scales(gate_up), layer.weights.scales(down)
+    of_gate_up, of_down = _biases(layer)
+    inputs = [normed, routing.logits, gate_up_codes, gate_up_scales, of_gate_up, down_codes, down_scales, of_down]
+    gates = routing.gates
+    if gates is None and not routing.normalizes:
+        # ONNX Runtime 1.31's CPU kernel normalises the chosen gates whatever the attribute says, unless it is given
+        # the gates of all experts (moe_quantization_cpu.cc).
+        gates = graph.node("Softmax", [routing.logits], f"{output}.gates", axis=-1)
+    if gates is not None:
+        inputs += [""] * (_ROUTER_WEIGHTS_INPUT - len(inputs)) + [gates]
+    return graph.node(
+        "QMoE",
+        inputs,
+        output,
+        domain=MICROSOFT,
+        expert_weight_bits=blocks.bits,
+        block_size=blocks.block_size,
+        accuracy_level=accuracy_level(gate_up),
+        weights_prepacked=0,  # the codes are plain, not in the order of one GPU's kernels
+        **attributes,
+    )
+
+
+def _biases(layer: LayerNodes) -> tuple[str, str]:
+    """The biases of gate and up, whose values alternate as the rows do, and of down; an empty text: there are none."""
+    return layer.vector(Role.EXPERT_GATE_UP_BIAS) or "", layer.vector(Role.EXPERT_DOWN_BIAS) or ""

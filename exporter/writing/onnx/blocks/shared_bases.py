@@ -1,0 +1,144 @@
+"""Routed experts of which some stand on shared bases: each is a base plus a low-rank adapter of its own.
+
+No expert is multiplied out. A base multiplies the tokens that chose any of its experts, once each; the experts add
+their adapters' products (:mod:`exporter.writing.onnx.blocks.adapted_experts`). What leaves their neurons is added up by
+weight, because the last product is linear: the base multiplies the sum, once a token. Experts with matrices of their
+own go through ONNX Runtime's operator as usual; QMoE skips those whose weight is 0 (``moe_quantization_cpu.cc`` in
+1.31). So the cost depends on bases and chosen experts, never on the number of experts.
+
+Letters: G groups of experts with a base in common, U uses: pairs of a group and a token that chose any of its experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from compressors.model.description.feed_forward import Routed
+from compressors.model.description.roles import Role
+from compressors.model.description.shared_bases import SharedBases
+from compressors.model.files.onnx_names import EXPERTS_SUM, OWN_EXPERTS, WEIGHTS_OF_ALL
+from exporter.writing.onnx.blocks.adapted_experts import Group, add_adapted_experts, add_zeros, membership_of
+from exporter.writing.onnx.blocks.operators import add_experts
+from exporter.writing.onnx.routing import OperatorRouting, add_masked_routing
+from exporter.writing.onnx.weights import LayerNodes
+
+__all__ = ["add_experts_on_bases"]
+
+
+def add_experts_on_bases(layer: LayerNodes, routed: Routed, logits: str, normed: str, output: str) -> str:
+    """Adds the choice of experts and the sum of their outputs by weight, and returns its name.
+
+    Args:
+        layer: takes the nodes.
+        routed: the experts.
+        logits: the router's, [batch, sequence, E].
+        normed: the experts' input, [batch, sequence, D].
+        output: the result's name, if the weights do not add up to 1 or are scaled; else it has one of its own.
+    """
+    graph, prefix, bases = layer.graph, layer.prefix, layer.spec.bases
+    assert bases is not None, f"layer {layer.index} has no bases"
+    bias = layer.vector(Role.SELECTION_BIAS) if routed.routing.has_selection_bias else None
+    routing = add_masked_routing(graph, routed, logits, bias, prefix)
+    weights = graph.node("Softmax", [routing.logits], f"{prefix}{WEIGHTS_OF_ALL}", axis=-1)
+    shape = graph.constant(f"shape.rows_of_{layer.spec.hidden_size}", [-1, layer.spec.hidden_size])
+    states = graph.node("Reshape", [normed, shape], f"{prefix}experts.inputs")
+    own = _add_own(layer, routed, bases, routing.logits, weights, states)
+    total = _OnBases(layer, routed, bases).add(states, weights, own)
+    shape = graph.node("Shape", [normed], f"{prefix}experts.shape")
+    summed = graph.node("Reshape", [total, shape], f"{prefix}{EXPERTS_SUM}")
+    return summed if routing.factor is None else graph.node("Mul", [summed, routing.factor], output)
+
+
+def _add_own(layer: LayerNodes, routed: Routed, bases: SharedBases, logits: str, weights: str, states: str) -> str:
+    """Adds the experts with matrices of their own: [T, D]; zeros if there are none."""
+    graph, name = layer.graph, f"{layer.prefix}{OWN_EXPERTS}"
+    if not bases.own:
+        return graph.node("Mul", [states, graph.constant("bases.nothing", 0, np.float32)], name)
+    chosen = graph.constant("bases.own", bases.own)
+    gates = graph.node("Gather", [weights, chosen], f"{name}.gates", axis=1)
+    whole = routed.resized(len(bases.own), routed.width)
+    if layer.weight(Role.EXPERT_DOWN).encoding.blocks is not None:
+        # The largest weights are those of the experts that a token chose.
+        routing = OperatorRouting(gates, normalizes=False, factor=None, gates=gates)
+        return add_experts(layer, whole, routing, states, name)
+    # MoE has no input for weights: it makes them add up to 1.
+    own = graph.node("Gather", [logits, chosen], f"{name}.logits", axis=1)
+    found = add_experts(layer, whole, OperatorRouting(own, normalizes=True, factor=None), states, f"{name}.mean")
+    share = graph.node("ReduceSum", [gates, graph.constant("axis.last", [-1])], f"{name}.share", keepdims=1)
+    return graph.node("Mul", [found, share], name)
+
+
+class _OnBases:
+    """The experts of a layer that stand on bases."""
+
+    def __init__(self, layer: LayerNodes, routed: Routed, bases: SharedBases) -> None:
+        self._layer = layer
+        self._graph = layer.graph
+        self._routed = routed
+        self._replaced = bases.replaced
+        numbers = [base for base in (*range(bases.n_bases), SharedBases.ZERO) if bases.members(base)]
+        self._groups = [
+            Group(base, tuple(bases.replaced.index(expert) for expert in bases.members(base))) for base in numbers
+        ]
+        self._name = f"{layer.prefix}bases"
+
+    def add(self, states: str, weights: str, own: str) -> str:
+        """Adds their outputs by weight to those of the other experts: [T, D].
+
+        Args:
+            states: the experts' input, [T, D].
+            weights: those of all experts, [T, E].
+            own: the outputs of experts with matrices of their own.
+        """
+        graph, name = self._graph, self._name
+        replaced = graph.constant("bases.replaced", self._replaced)
+        of_experts = graph.node("Gather", [weights, replaced], f"{name}.weights", axis=1)
+        tokens, counts = self._uses(of_experts)
+        inputs = graph.node("Gather", [states, tokens], f"{name}.inputs", axis=0)
+        column = graph.node("Reshape", [tokens, graph.constant("shape.column", [-1, 1])], f"{name}.column")
+        rows = self._by_group(column, counts)
+        products = [
+            self._products(group, of_group)
+            for group, of_group in zip(self._groups, self._by_group(inputs, counts), strict=True)
+        ]
+        hidden, total = add_adapted_experts(
+            self._layer, self._routed, self._groups, (states, of_experts, own), (products, rows, counts)
+        )
+        for group, of_group, places in zip(self._groups, self._by_group(hidden, counts), rows, strict=True):
+            if group.base != SharedBases.ZERO:
+                down = self._product(Role.EXPERT_DOWN, group, of_group)
+                total = graph.node("ScatterND", [total, places, down], f"{down}.sum", reduction="add")
+        return total
+
+    def _uses(self, weights: str) -> tuple[str, str]:
+        """The tokens of all uses, group by group, [U], and how many each group has, [G]."""
+        graph, name = self._graph, self._name
+        membership = graph.constant("bases.membership", membership_of(self._groups), np.float32)
+        of_groups = graph.node("MatMul", [weights, membership], f"{name}.of_groups")
+        by_group = graph.node("Transpose", [of_groups], f"{name}.by_group", perm=[1, 0])
+        uses = graph.node("Greater", [by_group, graph.constant("bases.nothing", 0, np.float32)], f"{name}.uses")
+        ones = graph.node("Cast", [uses], f"{name}.ones", to=onnx.TensorProto.INT64)
+        counts = graph.node("ReduceSum", [ones, graph.constant("axis.1", [1])], f"{name}.counts", keepdims=0)
+        places = graph.node("NonZero", [uses], f"{name}.places")
+        return graph.node("Gather", [places, graph.constant("one", 1)], f"{name}.tokens", axis=0), counts
+
+    def _by_group(self, values: str, counts: str) -> list[str]:
+        """Cuts the rows of all uses into those of each group."""
+        if len(self._groups) == 1:
+            return [values]
+        outputs = [f"{values}.{number}" for number in range(len(self._groups))]
+        self._graph.node("Split", [values, counts], outputs, axis=0)
+        return outputs
+
+    def _products(self, group: Group, inputs: str) -> str:
+        """The inputs times gate and up of a group's base, side by side, [uses, P F]; zeros without a base."""
+        graph, routed = self._graph, self._routed
+        if group.base != SharedBases.ZERO:
+            return self._product(routed.input_roles[0], group, inputs)
+        return add_zeros(graph, inputs, routed.input_rows, f"{inputs}.nothing")
+
+    def _product(self, role: Role, group: Group, values: str) -> str:
+        return self._layer.weights.product_of_base(
+            role, self._layer.index, group.base, values, f"{values}.{role.name.lower()}"
+        )
