@@ -33,7 +33,7 @@ from exporter.planning.preflight import (
 )
 from exporter.planning.recipe import TextChoice, recipe_yaml
 from exporter.processes.team import Team
-from exporter.progress.events import View
+from exporter.progress.events import Message, View
 from exporter.progress.run_progress import RunProgress
 from exporter.publishing.json_text import json_text
 from exporter.publishing.model_name import local_path
@@ -88,22 +88,22 @@ def run_job(job: Job, command: str, view: View, team: Team | None = None) -> Res
     """
     if job.push is not None:
         refuse_unless_logged_in(job.push)
-    result = _run_parts(job, command, announce, team)
+    result = _run_parts(job, command, view, team)
     if job.push is not None:
-        push_release(result, job.push, announce)
+        push_release(result, job.push, view)
     return result
 
 
-def push_release(result: Result, repository: str, announce: Callable[[str], None]) -> None:
+def push_release(result: Result, repository: str, view: View) -> None:
     """Uploads a folder that passed; of another one it is said that it stays here."""
     if result.exit_code:
-        announce(f"not pushed to {repository}: a check failed")
+        view(Message(f"not pushed to {repository}: a check failed"))
         return
-    announce(f"push {result.out} to {repository}")
-    announce(f"pushed: {push_folder(result.out, repository)}")
+    view(Message(f"push {result.out} to {repository}"))
+    view(Message(f"pushed: {push_folder(result.out, repository)}"))
 
 
-def _run_parts(job: Job, command: str, announce: Callable[[str], None], team: Team | None) -> Result:
+def _run_parts(job: Job, command: str, view: View, team: Team | None) -> Result:
     identity = job_identity(job)
     if job.out.exists():
         return _already_published(job, identity)

@@ -13,6 +13,7 @@ import pytest
 
 from compressors.model.errors import InputError
 from exporter.hub_push import checked_repository
+from exporter.progress.events import Event, Message
 from exporter.run import Result, push_release
 from tests.hub_stand_in import REPOSITORY, TOKEN, HubStandIn, hub_stand_in
 
@@ -165,11 +166,11 @@ def test_a_push_that_cannot_work_is_refused_first(
 @pytest.mark.parametrize("passed", [True, False])
 def test_only_what_passed_is_pushed(passed: bool, release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed: list[Path] = []
-    said: list[str] = []
+    said: list[Event] = []
     monkeypatch.setattr("exporter.run.push_folder", lambda folder, repository: pushed.append(folder) or "its address")
     push_release(Result({"verdict": {"passed": passed}}, release), "team/small", said.append)
     assert pushed == ([release] if passed else [])
-    assert said[-1] == ("pushed: its address" if passed else "not pushed to team/small: a check failed")
+    assert said[-1] == Message("pushed: its address" if passed else "not pushed to team/small: a check failed")
 
 
 @pytest.mark.parametrize("name", ["small", "team/", "a/b/c", "team/na me", "--force"])
