@@ -88,7 +88,19 @@ _TYPES = get_type_hints(Flags)
 
 _EXPORT_FLAGS = (
     *("budget", "budget_kind", "context", "kv_type", "formats", "out", "calibration", "text", "method", "experts"),
-    *("student", "quant", "quantizer", "imatrix", "prefer", "plan_time", "recover", "recover_time", "require"),
+    *(
+        "remove",
+        "materialize",
+        "student",
+        "quant",
+        "quantizer",
+        "imatrix",
+        "prefer",
+        "plan_time",
+        "recover",
+        "recover_time",
+        "require",
+    ),
     *("recipe", "dry_run", "save_student", "keep_mtp", "floors", "memory", "device", "work_dir", "force", "offline"),
     *("revision", "threads", "seed", "json"),
 )

@@ -29,6 +29,8 @@ class Schedule:
     """The schedule of the Router KD paper (arXiv 2603.02217); every kind of recovery uses it.
 
     ``updates_per_batch`` steps in a row use the same blocks: one, unless the objective changes each time.
+    ``fade_ratio`` is the part of the steps over which original experts fade out beside those that replace them. So does
+    LightMoE (arXiv 2603.12645), by a schedule that is not public; the straight line is ours.
     """
 
     n_blocks: int
@@ -38,6 +40,7 @@ class Schedule:
     max_gradient_norm: float = 1.0
     seed: int = 42
     updates_per_batch: int = 1
+    fade_ratio: float = 0.0
 
     PUBLISHED_BLOCKS: ClassVar[int] = 3000
 
@@ -57,6 +60,11 @@ class Schedule:
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
         return self.learning_rate * (self.n_steps - step) / max(1, self.n_steps - warmup)
+
+    def replaced_share_at(self, step: int) -> float:
+        """The share of experts that replace original ones in what both put out: 0 at first, 1 after the fade."""
+        n_fading = math.ceil(self.fade_ratio * self.n_steps)
+        return 1.0 if step >= n_fading else step / n_fading
 
     def steps(self) -> tuple[torch.Tensor, ...]:
         """The blocks of each step, in an order that the seed decides: int64."""

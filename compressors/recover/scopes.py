@@ -39,6 +39,7 @@ class Scope:
         attention: the whole matrices and biases of attention, or of another mixer, of shared experts and of dense
             feed-forwards.
         scales: a factor for each block of the matrices of mixers and experts, beside codes that stay.
+        bases: the bases that replaced experts stand on, and these experts' adapters.
     """
 
     n_experts: int | None = 0
@@ -46,6 +47,7 @@ class Scope:
     norms: bool = False
     attention: bool = False
     scales: bool = False
+    bases: bool = False
 
     @classmethod
     def routers(cls) -> Scope:
@@ -68,6 +70,11 @@ class Scope:
         return cls(None, rank)
 
     @classmethod
+    def replaced_experts(cls) -> Scope:
+        """The routers, and the bases and adapters that stand for replaced experts."""
+        return cls(bases=True)
+
+    @classmethod
     def routers_and_norms(cls) -> Scope:
         """The routers and all norms."""
         return cls(norms=True)
@@ -87,6 +94,7 @@ class Scope:
         """The name in reports, such as ``router``, ``router + 8 experts`` or ``router + adapters of rank 8``."""
         parts = ["router"]
         parts += ["norms"] * self.norms + ["attention"] * self.attention + ["block scales"] * self.scales
+        parts += ["bases and adapters"] * self.bases
         if self.adapter_rank is not None:
             parts.append(f"adapters of rank {self.adapter_rank}")
         elif self.n_experts != 0:
@@ -116,6 +124,15 @@ class Scope:
         most = min(spec.hidden_size, spec.expert_width)
         if self.adapter_rank is not None and not 1 <= self.adapter_rank <= most:
             raise InputError(f"adapters cannot have rank {self.adapter_rank}: it must be from 1 to {most}")
+        if self.n_experts != 0 and any(layer.bases is not None for layer in spec.layers):
+            raise InputError(
+                "experts cannot be trained whole, or by further adapters, where some stand on shared bases: they would "
+                "no longer share these; train bases and adapters instead (scope replaced)"
+            )
+        if self.bases and all(layer.bases is None for layer in spec.layers):
+            raise InputError(
+                "bases and adapters are trained where experts were replaced, and no expert of this model was"
+            )
 
     def experts(self, usage_E: torch.Tensor) -> tuple[int, ...]:
         """The indices of the experts of a layer that are trained, in ascending order.
@@ -157,6 +174,9 @@ class Scope:
         n_experts = layer.n_experts if self.n_experts is None else min(self.n_experts, layer.n_experts)
         n_trained = n_experts * sum(self._of_expert(layer.dimensions(tensor)) for tensor in expert_matrices(layer))
         n_trained += sum(layer.n_values(tensor) for tensor in layer.shared_tensors if self.trains(tensor))
+        if self.bases and layer.bases is not None:
+            of_replaced = [layer.bases.n_values(*layer.dimensions(tensor)) for tensor in expert_matrices(layer)]
+            n_trained += sum(of_replaced)
         return n_trained + (self._factors(layer, block_length) if self.scales and block_length is not None else 0)
 
     def _of_expert(self, shape: tuple[int, ...]) -> int:

@@ -9,12 +9,15 @@ from torch import nn
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.roles import Role
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import Kind, TensorSpec
 from compressors.model.running.gradients import ParameterKey
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, factors_name
 from compressors.model.running.trained_experts import (
+    BasedMatrices,
+    Fade,
     LowRankMatrices,
     ScaledMatrices,
     TrainedExperts,
@@ -67,10 +70,15 @@ class TrainedStudent:
         }
         self._factors: dict[tuple[Role, int | None], torch.Tensor] = {}
         self._experts: dict[int, TrainedExperts] = {}
+        self._below = student  # what the trained tensors stand in for
+        self.fade = Fade()
         if scope.scales:
             if block_length is None:
                 raise ValueError("the lengths of blocks are those of a file")
             self._add_factors(block_length)
+        elif scope.bases:
+            self._below = student.with_originals()
+            self._add_replaced_experts()
         elif scope.n_experts != 0:
             self._add_experts(scope, usage)
 
@@ -89,7 +97,7 @@ class TrainedStudent:
     def streamed(self, limit: MemoryLimit | None) -> StreamedModel:
         """The student with these tensors in place of its own; it sees their changes."""
         return StreamedModel(
-            self.student,
+            self._below,
             trainable=self._whole,
             factors=self._factors,
             trained_experts=self._experts,
@@ -109,7 +117,9 @@ class TrainedStudent:
             for (role, layer), tensor in self._whole.items()
         }
         for layer, trained in self._experts.items():
-            if not isinstance(trained.down, ScaledMatrices):
+            if isinstance(trained.down, BasedMatrices):
+                overlay |= self._of_bases(layer, trained)
+            elif not isinstance(trained.down, ScaledMatrices):
                 for row, expert in enumerate(trained.experts):
                     overlay |= self._of_expert(layer, row, expert, trained)
         return overlay
@@ -157,6 +167,45 @@ class TrainedStudent:
             if layer.n_experts:
                 chosen = scope.experts(torch.zeros(layer.n_experts) if usage is None else usage[index])
                 self._experts[index] = self._trained_experts(index, chosen, scope.adapter_rank)
+
+    def _add_replaced_experts(self) -> None:
+        for index in range(self.student.spec.n_layers):
+            shared = self.student.shared(index)
+            if shared is not None:
+                gate_up = self._based(index, shared, self._routed(index).input_roles)
+                down = self._based(index, shared, (Role.EXPERT_DOWN,))
+                self._experts[index] = TrainedExperts(shared.replaced, gate_up, down, self.fade)
+
+    def _based(self, layer: int, shared: SharedBases, roles: tuple[Role, ...]) -> BasedMatrices:
+        """The bases of these roles' matrices, one under the other, and the adapters on them."""
+        student, rows = self.student, self.student.spec.dimensions(roles[0], layer)
+        bases = [
+            torch.cat([student.base(role, layer, base) for role in roles]).float() for base in range(shared.n_bases)
+        ]
+        base_MOI = torch.stack(bases) if bases else torch.zeros(0, len(roles) * rows[0], rows[1])
+        pairs = [[student.adapter(role, layer, expert) for role in roles] for expert in shared.replaced]
+        a_NPRI, b_NPOR = (
+            torch.stack([torch.stack([pair[factor] for pair in of_expert]) for of_expert in pairs]) for factor in (0, 1)
+        )
+        own = LowRankMatrices(self._parameter(a_NPRI.float().clone()), self._parameter(b_NPOR.float().clone()))
+        base_of = tuple(base for base in shared.base_of if base is not None)
+        return BasedMatrices(self._parameter(base_MOI), base_of, own)
+
+    @torch.no_grad()
+    def _of_bases(self, layer: int, trained: TrainedExperts) -> dict[str, torch.Tensor]:
+        """The overlay of a layer's bases and adapters."""
+        student, overlay = self.student, {}
+        of_each = ((self._routed(layer).input_roles, trained.gate_up), ((Role.EXPERT_DOWN,), trained.down))
+        for roles, matrices in of_each:
+            assert isinstance(matrices, BasedMatrices), "all experts that stand on bases are trained so"
+            for base, matrix_OI in enumerate(matrices.base_MOI):
+                for role, part_OI in zip(roles, matrix_OI.chunk(len(roles)), strict=True):
+                    name = student.base_name(role, layer, base)
+                    overlay[name] = part_OI.to("cpu", student.expert_dtype, copy=True)
+            for row, expert in enumerate(trained.experts):
+                factors = (tensor[row].to("cpu", copy=True) for tensor in (matrices.own.a_NPRI, matrices.own.b_NPOR))
+                overlay |= adapter_tensors(student.name(roles[0], layer, expert), *factors)
+        return overlay
 
     @torch.no_grad()
     def _of_expert(self, layer: int, row: int, expert: int, trained: TrainedExperts) -> dict[str, torch.Tensor]:

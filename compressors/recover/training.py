@@ -99,6 +99,7 @@ class Training:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.rate_at(self.n_done) * group["share"]
+        self.trained.fade.share = self.settings.replaced_share_at(self.n_done)
         try:
             loss, gradients = self._gradients(self._steps[self.n_done])
         except NotFiniteError as error:

@@ -23,10 +23,11 @@ from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.mtp import run_mtp
 from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.adapters import adapter_tensors
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.merge import merged_statistics
-from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs
+from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs, SharedParts
 
 __all__ = ["CompressedLayer", "LayerTarget", "LayerwiseCompression"]
 
@@ -38,6 +39,7 @@ class LayerTarget:
     source: int  # the teacher's layer
     size: MoeSize  # the size of its experts in the end
     methods: tuple[Method, ...] = ()  # applied in turn
+    keeps_parts: bool = False  # experts that the last method made of bases and adapters stay apart in the overlay
 
     @property
     def needs(self) -> Needs:
@@ -158,8 +160,12 @@ class LayerwiseCompression:
         size = MoeSize(result.block.n_experts, result.block.width)
         assert size == target.size, f"layer {target.source} became {size}, not {target.size}"
         width = None if size.expert_width == original.expert_width else size.expert_width
-        layer = CompressedLayer(LayerMap(target.source, result.groups, width), self._overlay(index, result))
-        return layer, result.block
+        parts = result.parts if target.keeps_parts else None
+        shared = None if parts is None else parts.shared
+        overlay = self._overlay(index, result, frozenset() if shared is None else frozenset(shared.replaced))
+        if parts is not None:
+            overlay |= self._overlay_of_parts(index, parts)
+        return CompressedLayer(LayerMap(target.source, result.groups, width, shared), overlay), result.block
 
     def _without_values(self, index: int) -> LayerWeights:
         """A layer without values, for methods that look at no weight."""
@@ -175,8 +181,8 @@ class LayerwiseCompression:
                 },
             )
 
-    def _overlay(self, index: int, result: CompressedBlock) -> dict[str, torch.Tensor]:
-        """Returns the changed tensors: routers stay float32; experts go back to storage dtype."""
+    def _overlay(self, index: int, result: CompressedBlock, in_parts: frozenset[int]) -> dict[str, torch.Tensor]:
+        """Returns the changed tensors: routers stay float32; experts, but those ``in_parts``, go to storage dtype."""
         student, block, dtype = self._before, result.block, self._before.source.dtype
         overlay: dict[str, torch.Tensor] = {}
         if result.router_changed:
@@ -184,14 +190,32 @@ class LayerwiseCompression:
         if result.changed_experts:
             overlay |= {student.name(role, index): values.to(dtype) for role, values in _expert_biases(block).items()}
             overlay |= {student.name(role, index): values.contiguous() for role, values in _scales(block).items()}
-        for expert in sorted(result.changed_experts):
-            roles = (Role.EXPERT_GATE, Role.EXPERT_UP) if block.glu.is_gated else (Role.EXPERT_UP,)
-            projections = dict(zip(roles, block.input_matrices(expert), strict=True))
+        for expert in sorted(result.changed_experts - in_parts):
+            projections = dict(zip(self._input_roles(index), block.input_matrices(expert), strict=True))
             projections[Role.EXPERT_DOWN] = block.down(expert)
             overlay |= {
                 student.name(role, index, expert): values.to(dtype).contiguous() for role, values in projections.items()
             }
         return overlay
+
+    def _overlay_of_parts(self, index: int, parts: SharedParts) -> dict[str, torch.Tensor]:
+        """Returns the bases in storage dtype, and the adapters of the experts that stand on them, float32."""
+        student, of_inputs = self._before, self._input_roles(index)
+        overlay = {
+            student.base_name(role, index, base): matrix.contiguous()
+            for base, matrices in enumerate(parts.bases)
+            for role, matrix in zip((*of_inputs, Role.EXPERT_DOWN), matrices, strict=True)
+        }
+        for expert, (*pairs, down) in parts.adapters.items():
+            for role, of_role in ((of_inputs[0], pairs), (Role.EXPERT_DOWN, [down])):
+                factors = (torch.stack(factor) for factor in zip(*of_role, strict=True))
+                overlay |= adapter_tensors(student.name(role, index, expert), *factors)
+        return overlay
+
+    def _input_roles(self, index: int) -> tuple[Role, ...]:
+        routed = self._before.spec.blocks[index].routed
+        assert routed is not None, f"layer {index} has no experts"
+        return routed.input_roles
 
     def _teacher_statistics(self, index: int) -> LayerStatistics:
         return self._statistics[self._targets[index].source]
@@ -258,7 +282,8 @@ def _then(first: CompressedBlock, second: CompressedBlock) -> CompressedBlock:
         for number, group in enumerate(second.groups)
         if number in second.changed_experts or first.changed_experts.intersection(group)
     }
-    return CompressedBlock(second.block, groups, frozenset(changed), first.router_changed or second.router_changed)
+    router_changed = first.router_changed or second.router_changed
+    return CompressedBlock(second.block, groups, frozenset(changed), router_changed, second.parts)
 
 
 def _advance(

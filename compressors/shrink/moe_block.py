@@ -7,7 +7,7 @@ in float32, and does not know where weights come from or go. Letters as in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,10 +17,11 @@ from torch.nn import functional
 from compressors.calibration.statistics import LayerStatistics
 from compressors.model.description.glu import Glu
 from compressors.model.description.routing import Routing
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.errors import InputError
 from compressors.shrink.needs import Needs
 
-__all__ = ["CompressedBlock", "Evidence", "Method", "MoeBlock", "Needs", "Routes", "second_moment"]
+__all__ = ["CompressedBlock", "Evidence", "Method", "MoeBlock", "Needs", "Routes", "SharedParts", "second_moment"]
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,23 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class SharedParts:
+    """The matrices of experts that stand on shared bases, apart; matrices are in the order gate, up, down."""
+
+    shared: SharedBases
+    bases: tuple[tuple[torch.Tensor, ...], ...]  # of each base its matrices, in the experts' storage dtype
+    adapters: Mapping[int, tuple[tuple[torch.Tensor, torch.Tensor], ...]]
+    """Of each replaced expert A [R, I] and B [O, R] of its matrices, float32."""
+
+    def matrix(self, expert: int, number: int) -> torch.Tensor:
+        """A replaced expert's matrix, base plus B A: float32 [O, I]."""
+        a_RI, b_OR = self.adapters[expert][number]
+        base = self.shared.base_of[expert]
+        assert base is not None, "only replaced experts are made of parts"
+        return b_OR @ a_RI if base == SharedBases.ZERO else self.bases[base][number].float() + b_OR @ a_RI
+
+
+@dataclass(frozen=True)
 class CompressedBlock:
     """A method's result for a block."""
 
@@ -202,6 +220,7 @@ class CompressedBlock:
     groups: tuple[tuple[int, ...], ...]  # [G]: the experts that each stands for, first the one that it comes from
     changed_experts: frozenset[int] = frozenset()  # those with other weights than the expert they come from
     router_changed: bool = False  # True if a row differs from that of the expert it comes from
+    parts: SharedParts | None = None  # those that some of its experts are made of; None: there are none
 
     @classmethod
     def unchanged(cls, block: MoeBlock) -> CompressedBlock:
@@ -213,6 +232,16 @@ class CompressedBlock:
         """Returns the block with other matrices for every expert; none is merged or dropped, and the router stays."""
         changed = replace(block, gate_up_EFD=gate_up_EFD, down_EDF=down_EDF)
         return replace(cls.unchanged(changed), changed_experts=frozenset(range(block.n_experts)))
+
+    @classmethod
+    def of_parts(cls, block: MoeBlock, parts: SharedParts) -> CompressedBlock:
+        """Returns the block with experts put together from parts, in storage dtype; all others and the router stay."""
+        gate_up_EFD, down_EDF = block.gate_up_EFD.clone(), block.down_EDF.clone()
+        for expert in parts.shared.replaced:
+            *of_inputs, down_DF = (parts.matrix(expert, number) for number in range(block.n_inputs + 1))
+            gate_up_EFD[expert], down_EDF[expert] = torch.cat(of_inputs), down_DF
+        changed = replace(block, gate_up_EFD=gate_up_EFD, down_EDF=down_EDF)
+        return replace(cls.unchanged(changed), changed_experts=frozenset(parts.shared.replaced), parts=parts)
 
 
 class Method(Protocol):

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from compressors.shrink.moe_block import Method
 
 __all__ = [
+    "APART",
     "BLOCK_DROP",
     "EDITS",
     "EXPERT_METHODS",
     "KEEPS_EXPERTS",
     "LAYER_DROP",
+    "LIGHT_MOE",
     "METHODS",
     "SLIM",
     "Changes",
@@ -43,6 +45,7 @@ class Changes(StrEnum):
     MERGED = "the number of experts, and their weights"
     WIDTH = "the width of experts"
     VALUES = "the weights of experts"
+    SHARED = "which experts stand on shared bases"
     EXPERTS_OF_LAYERS = "which layers have experts"
     LAYERS = "the number of layers"
 
@@ -60,7 +63,7 @@ class RegisteredMethod:
         is_sequential: the method is defined on layers whose predecessors are already compressed.
         largest_group: the most experts that it merges into one; None: any number.
         score: gives the scores of a layer's experts that are known in advance; None: there are none.
-        in_gguf: a GGUF file can hold its result. ONNX graphs hold all.
+        in_gguf: a GGUF file can hold its result, as it is at its smallest. ONNX graphs hold all.
     """
 
     name: str
@@ -75,11 +78,12 @@ class RegisteredMethod:
     @property
     def changes_weights(self) -> bool:
         """True if experts get weights of their own."""
-        return self.changes in (Changes.MERGED, Changes.WIDTH, Changes.VALUES)
+        return self.changes in (Changes.MERGED, Changes.WIDTH, Changes.VALUES, Changes.SHARED)
 
 
 _PRUNE = "prune.Prune"
 SLIM = RegisteredMethod("slim", Changes.WIDTH, "slim.width.SlimWidth", Needs.INPUTS)
+LIGHT_MOE = RegisteredMethod("lightmoe", Changes.SHARED, "replace.light_moe.LightMoE", Needs.INPUTS, in_gguf=False)
 BLOCK_DROP = RegisteredMethod("block-drop", Changes.LAYERS, None)
 LAYER_DROP = RegisteredMethod("layer-drop", Changes.EXPERTS_OF_LAYERS, None, in_gguf=False)
 
@@ -92,6 +96,7 @@ _ALL = (
     RegisteredMethod("svd", Changes.VALUES, "decompose.svd.ActivationSvd", Needs.INPUTS),
     RegisteredMethod("d2-moe", Changes.VALUES, "decompose.d2_moe.D2Moe", Needs.INPUTS),
     RegisteredMethod("mobe", Changes.VALUES, "decompose.mobe.Mobe", Needs.WEIGHTS),
+    LIGHT_MOE,
     SLIM,
     BLOCK_DROP,
     LAYER_DROP,
@@ -103,10 +108,14 @@ METHODS: Mapping[str, RegisteredMethod] = {method.name: method for method in _AL
 EXPERT_METHODS = tuple(method.name for method in _ALL if method.changes in (Changes.NUMBER, Changes.MERGED))
 """The names of the methods by which experts become fewer."""
 
-EDITS = tuple(method.name for method in _ALL if method.changes is Changes.VALUES)
+EDITS = tuple(method.name for method in _ALL if method.changes in (Changes.VALUES, Changes.SHARED))
 """The names of the methods that rewrite experts."""
 
-KEEPS_EXPERTS = (SLIM.name, BLOCK_DROP.name, LAYER_DROP.name)
+APART = ("svd", "d2-moe", LIGHT_MOE.name)
+"""The names of the methods whose experts are a base, or nothing, plus a low-rank part, which ONNX files may keep apart.
+MoBE's bases pass through a function before they are mixed, so its experts are always multiplied out."""
+
+KEEPS_EXPERTS = (SLIM.name, LIGHT_MOE.name, BLOCK_DROP.name, LAYER_DROP.name)
 """The names of the methods of the command line that keep all experts, or none, in each layer."""
 
 

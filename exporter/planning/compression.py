@@ -1,19 +1,22 @@
 """The recipe's ``compress`` choice: its result as a description, its checks, and its words.
 
 The steps are always taken in this order: blocks go (Block Drop), MoE sub-layers go (Layer Drop), experts become fewer
-(pruning or merging), experts become narrower, experts are rewritten as factors. Any may be left out. A dense student's
-layers end as one feed-forward each; it can only be combined with dropped blocks and narrower experts.
+(pruning or merging), experts become narrower, experts are rewritten as factors or replaced. Any may be left out. A
+dense student's layers end as one feed-forward each; it can only be combined with dropped blocks and narrower experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
 from compressors.shrink.dense import check_dense, dense_size
 from compressors.shrink.needs import Needs
-from compressors.shrink.registry import METHODS, SLIM, expert_counts
+from compressors.shrink.registry import LIGHT_MOE, METHODS, SLIM, expert_counts
+from compressors.shrink.replace import Replacement, spread
 from compressors.shrink.slim import check_width
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
@@ -47,15 +50,31 @@ def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
     n_moe = n_left - choice.drop_moe_layers
     widths = by_layer(choice.width, n_moe, teacher.expert_width)
     experts = by_layer(choice.experts, n_moe, teacher.n_experts)
-    sizes = [MoeSize(count, width) for count, width in zip(experts, widths, strict=True)]
+    bases = _expected_bases(choice, experts)
+    sizes = [MoeSize(*size) for size in zip(experts, widths, bases, strict=True)]
     if choice.allocation == "global" and n_moe > 1 and teacher.top_k < experts[0] < teacher.n_experts:
         # stands for any distribution: one layer keeps one more, another one less
-        sizes[:2] = [MoeSize(sizes[0].n_experts + 1, widths[0]), MoeSize(sizes[1].n_experts - 1, widths[1])]
+        sizes[:2] = [replace(size, n_experts=size.n_experts + one) for size, one in zip(sizes, (1, -1), strict=False)]
     if choice.student == "dense":
         sizes = [condensed_size(teacher, width) for width in widths]
     size_of = dict(zip(with_experts, sizes + [NO_MOE] * choice.drop_moe_layers, strict=False))
     left = [layer for layer in range(teacher.n_layers) if layer not in with_experts[n_left:]]
     return teacher.with_sizes([size_of.get(layer, NO_MOE) for layer in left], left, MoeSize(experts[-1], widths[-1]))
+
+
+def _expected_bases(choice: CompressChoice, experts: Sequence[int]) -> Sequence[SharedBases | None]:
+    """The bases of each layer with experts, where files keep them apart."""
+    if not choice.apart or choice.edit_size is None:
+        return [None] * len(experts)
+    if choice.edit == LIGHT_MOE.name:
+        return spread(_replacement(choice), experts)
+    base, n_bases = (0, 1) if choice.edit == "d2-moe" else (SharedBases.ZERO, 0)
+    return [SharedBases((base,) * n_experts, n_bases, choice.edit_size) for n_experts in experts]
+
+
+def _replacement(choice: CompressChoice) -> Replacement:
+    assert choice.replaced is not None and choice.bases is not None and choice.edit_size is not None
+    return Replacement(choice.replaced, choice.bases, choice.edit_size)
 
 
 def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
@@ -74,6 +93,8 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
     _check_groups(choice, teacher, counts)
     _check_numbers("width", choice.width, n_moe, 1, teacher.expert_width)
     _check_numbers("edit_size", choice.edit_size, n_moe, 1, _largest_edit(choice, teacher, n_moe))
+    if choice.edit == LIGHT_MOE.name:
+        _check_replacement(choice, teacher, n_moe)
     if "gguf" in recipe.artifacts:
         for width in by_layer(choice.width, n_moe, teacher.expert_width):
             check_width(width, teacher.expert_width, for_gguf=choice.width is not None)
@@ -96,6 +117,26 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
         )
     for container in recipe.containers:
         refuse_unless_held(spec, container)
+
+
+def _check_replacement(choice: CompressChoice, teacher: ModelSpec, n_moe: int) -> None:
+    """Refuses replaced experts that are not the original's, and numbers that are not possible."""
+    others = {
+        "method": choice.method != "none",
+        "allocation": choice.allocation != "layer",
+        "width": choice.width is not None,
+        "sequential": choice.sequential,
+    }
+    unfit = [f"compress.{field}" for field, is_set in others.items() if is_set]
+    if unfit:
+        raise InputError(
+            f"{', '.join(unfit)}: {LIGHT_MOE.name} lets original experts fade out, so none may go, be "
+            "merged or be narrowed before: leave this out, or take another edit"
+        )
+    try:
+        spread(_replacement(choice), by_layer(choice.experts, n_moe, teacher.n_experts))
+    except InputError as error:
+        raise InputError(f"compress.replaced and compress.bases: {error}") from None
 
 
 def _checked_layers(choice: CompressChoice, teacher: ModelSpec) -> int:
@@ -145,8 +186,14 @@ def described_compression(choice: CompressChoice, teacher: ModelSpec) -> str:
     if choice.width is not None:
         widths = ", ".join(map(str, choice.width)) if isinstance(choice.width, tuple) else choice.width
         parts.append(f"{widths} of {teacher.expert_width} neurons per expert")
-    if choice.edit_size is not None:
-        parts.append(f"{choice.edit} of size {choice.edit_size}")
+    if choice.edit == LIGHT_MOE.name:
+        apart = "" if choice.apart else ", multiplied out"
+        parts.append(
+            f"{choice.replaced} experts in all on {choice.bases} bases with adapters of rank {choice.edit_size} "
+            f"({choice.edit}{apart})"
+        )
+    elif choice.edit_size is not None:
+        parts.append(f"{choice.edit} of size {choice.edit_size}" + (", kept apart" if choice.apart else ""))
     return ", ".join(parts)
 
 

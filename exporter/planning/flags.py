@@ -50,10 +50,13 @@ class PlainFlags:
     )
     method: str = _flag(
         "auto",
-        "How it gets smaller: reap, removal-error, ream, hc-smoe, slim, block-drop ...; docs/compression.md has all.",
+        "How it gets smaller: reap, removal-error, ream, hc-smoe, slim, lightmoe ...; docs/compression.md has all.",
         in_recipe=True,
     )
     experts: int | None = _flag(None, "Experts to keep per layer.  [default: as many as fit]", in_recipe=True)
+    materialize: bool = _flag(
+        False, "With --method lightmoe: write every expert whole, as GGUF needs it; it saves nothing.", in_recipe=True
+    )
     quant: str | None = _flag(
         None,
         "A mix of llama-quantize, such as Q4_K_M.  [default: types by tensor]",
@@ -98,6 +101,12 @@ class Flags(PlainFlags):
         None, "Memory the result may need, such as 20GB, 18.6GiB or 16gb-mac.", metavar="SIZE[,...]", in_recipe=True
     )
     formats: str = _flag("gguf,onnx", "What to write.", in_recipe=True)
+    remove: str | None = _flag(
+        None,
+        "With --method lightmoe: part of the experts to remove, such as 30%.  [default: as little as fits]",
+        metavar="SHARE",
+        in_recipe=True,
+    )
     plan_time: str = _flag("10m", "Most time for measuring candidates.", in_recipe=True)
     recover_time: str = _flag("30m", "Most time for recovery.", in_recipe=True)
     require: Iterable[str] = _flag(

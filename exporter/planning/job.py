@@ -17,7 +17,7 @@ from typing import Any, Final, get_args
 
 from compressors.model.errors import InputError
 from compressors.model.names import shown
-from compressors.shrink.registry import EXPERT_METHODS, KEEPS_EXPERTS
+from compressors.shrink.registry import EXPERT_METHODS, KEEPS_EXPERTS, LIGHT_MOE
 from exporter.estimating.durations import parse_duration
 from exporter.estimating.sizes import parse_size
 from exporter.file_names import WORK_SUFFIX
@@ -54,6 +54,7 @@ class Job(PlainFlags):
     budgets: tuple[int, ...]  # bytes; empty: the recipe's
     formats: tuple[str, ...]  # gguf, onnx or both, in that order
     plan_seconds: int  # time for measuring in the search
+    removed_share: float | None  # of the experts' bytes, by replacing them; None: as little as fits
     recover_seconds: int
     require: Mapping[str, float]  # thresholds that differ from the default
     memory_bytes: int | None  # None: half of the free memory
@@ -64,7 +65,16 @@ class Job(PlainFlags):
     @property
     def search(self) -> Search:
         """The choices that a search for the recipe has to respect."""
-        return Search(self.method, self.experts, self.student, self.recover, self.prefer, self.plan_seconds)
+        return Search(
+            self.method,
+            self.experts,
+            self.student,
+            self.recover,
+            self.prefer,
+            self.plan_seconds,
+            self.removed_share,
+            self.materialize,
+        )
 
     def for_budget(self, n_bytes: int | None) -> Job:
         """The same job with one of its budgets; None stands for the recipe's."""
@@ -84,8 +94,9 @@ def checked_job(flags: Flags) -> Job:
     return Job(
         **_plain_values(flags),
         budgets=() if flags.budget is None else _budgets(flags.budget),
-        formats=_formats(flags.formats),
+        formats=_formats_for(flags),
         plan_seconds=parse_duration(flags.plan_time, "--plan-time"),
+        removed_share=_removed_share(flags),
         recover_seconds=parse_duration(flags.recover_time, "--recover-time"),
         require=parse_requirements(flags.require),
         memory_bytes=None if flags.memory is None else parse_size(flags.memory, "--memory"),
@@ -171,6 +182,35 @@ def _student(student: str, method: str, experts: int | None, recover: str) -> st
 def _formats(text: str) -> tuple[str, ...]:
     wanted = {_one_of("--formats", name.strip().lower(), _FORMATS) for name in text.split(",")}
     return tuple(name for name in _FORMATS if name in wanted)
+
+
+def _formats_for(flags: Flags) -> tuple[str, ...]:
+    """The formats, refused where they cannot hold what the method makes."""
+    formats = _formats(flags.formats)
+    if flags.materialize and flags.method != LIGHT_MOE.name:
+        raise InputError(f"--materialize is about replaced experts: give it with --method {LIGHT_MOE.name}")
+    if flags.method == LIGHT_MOE.name and "gguf" in formats and not flags.materialize:
+        raise InputError(
+            f"--method {LIGHT_MOE.name}: GGUF cannot hold experts that share a base; use --formats onnx, or "
+            "--materialize to write every expert whole, which saves nothing"
+        )
+    return formats
+
+
+def _removed_share(flags: Flags) -> float | None:
+    """The share of ``--remove 30%``, as a part of 1."""
+    text = flags.remove
+    if text is None:
+        return None
+    if flags.method != LIGHT_MOE.name:
+        raise InputError(f"--remove is about replaced experts: give it with --method {LIGHT_MOE.name}")
+    try:
+        percent = float(text.strip().removesuffix("%"))
+    except ValueError:
+        percent = math.nan
+    if not 0 < percent < 100:
+        raise InputError(f"--remove: '{shown(text)}' is not a share between 0% and 100%, such as 30%")
+    return percent / 100
 
 
 def _existing(flag: str, path: Path | None) -> Path | None:

@@ -33,6 +33,8 @@ class Search:
     recover: str
     prefer: str  # speed or quality
     plan_seconds: int
+    removed_share: float | None = None  # of the experts' values, by replacing them; None: any
+    materialize: bool = False  # what replaces experts is multiplied out
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.running.arithmetic import fastest_arithmetic
 from compressors.model.sources.source import Source
 from compressors.recover.schedule import Schedule
-from compressors.shrink.registry import BLOCK_DROP, KEEPS_EXPERTS, LAYER_DROP, SLIM, expert_counts
+from compressors.shrink.registry import BLOCK_DROP, KEEPS_EXPERTS, LAYER_DROP, LIGHT_MOE, SLIM, expert_counts
 from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
@@ -218,6 +218,8 @@ class _Pinned:
         if self._job.student == "dense" or self._job.experts is not None:
             if self._job.experts is not None:
                 _check_experts(self._job, self._checkpoint)
+            return structures_for(self._job.search, spec)
+        if method == LIGHT_MOE.name:
             return structures_for(self._job.search, spec)
         if method == SLIM.name:
             widths = range(spec.expert_width - 1, 0, -1)

@@ -23,7 +23,7 @@ from compressors.model.files.gguf.kv_types import KvType
 from compressors.model.files.integer_blocks import ProductInputs
 from compressors.model.names import shown
 from compressors.model.running.arithmetic import Arithmetic
-from compressors.shrink.registry import EDITS, EXPERT_METHODS
+from compressors.shrink.registry import APART, EDITS, EXPERT_METHODS, LIGHT_MOE
 from exporter.capabilities.rules import Container
 from exporter.planning.yaml_file import read_yaml
 from exporter.processes.team import MOST_THREADS
@@ -79,6 +79,11 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _without_unsaid(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without those that are among these defaults."""
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
+
 class SourceChoice(_Part):
     """The original model."""
 
@@ -89,8 +94,7 @@ class SourceChoice(_Part):
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves out what most recipes do not say, so that theirs are as they always were."""
-        values: dict[str, Any] = serialized(self)
-        return values if self.keep_mtp else {name: value for name, value in values.items() if name != "keep_mtp"}
+        return _without_unsaid(serialized(self), {"keep_mtp": False})
 
 
 class BudgetChoice(_Part):
@@ -131,6 +135,9 @@ class CompressChoice(_Part):
     width: Count | tuple[Count, ...] | None = None  # each expert's width; null: as it is
     edit: ExpertEdit = "none"  # how experts are rewritten
     edit_size: Count | None = None  # the rank; for mobe the number of bases
+    replaced: Count | None = None  # for lightmoe: the number of experts that it replaces, in all layers together
+    bases: Count | None = None  # for lightmoe: the number of bases that these stand on, likewise
+    apart: bool = False  # bases and low-rank parts stay apart, which ONNX can hold; false: they are multiplied out
     student: Student = "moe"  # dense: each layer's experts become one feed-forward
     sequential: bool = False  # layers are judged on the outputs of the compressed layers before them
     sample_blocks: Count = 32  # for methods that need states, not only sums
@@ -139,15 +146,28 @@ class CompressChoice(_Part):
     def _is_consistent(self) -> CompressChoice:
         if (self.edit == "none") != (self.edit_size is None):
             raise ValueError("edit and edit_size go together: give both or neither")
+        if {self.replaced is None, self.bases is None} != {self.edit != LIGHT_MOE.name}:
+            raise ValueError(
+                f"replaced and bases belong to edit {LIGHT_MOE.name}: give both with it, and not otherwise"
+            )
+        if self.apart and self.edit not in APART:
+            raise ValueError(
+                f"apart is for experts of bases and low-rank parts: edit must be one of {', '.join(APART)}"
+            )
         if self.allocation == "global" and not isinstance(self.experts, int):
             raise ValueError("allocation is global, so experts must be one number, the mean of all layers")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what most recipes do not say, so that theirs are as they always were."""
+        return _without_unsaid(serialized(self), {"replaced": None, "bases": None, "apart": False})
 
 
 class RungChoice(_Part):
     """A rung of the recovery ladder: the trained tensors, the objective, and the length (docs/recovery.md)."""
 
-    scope: Literal["router", "top-experts", "experts", "adapters", "norms", "scales", "all"]
+    scope: Literal["router", "top-experts", "experts", "adapters", "replaced", "norms", "scales", "all"]
     experts: Count | None = None  # for top-experts: the number in each layer, those that most tokens choose
     rank: Count | None = None  # the rank of adapters
     loss: RungLoss = "kd"
@@ -155,6 +175,7 @@ class RungChoice(_Part):
     blocks: Count
     blocks_per_step: Count
     learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # null: by the student's divergence
+    fade: float = Field(default=0.0, ge=0, lt=1)  # for replaced: the part of the steps over which originals fade out
 
     @model_validator(mode="after")
     def _is_consistent(self) -> RungChoice:
@@ -168,9 +189,16 @@ class RungChoice(_Part):
             raise ValueError("the loss router-logits looks at routers alone: its scope must be router")
         if self.scope in ("norms", "scales", "all") and self.loss not in ("kd", "next-token"):
             raise ValueError("a live teacher shares the student's final norm, which this scope trains: take kd")
+        if self.fade and self.scope != "replaced":
+            raise ValueError("fade is about originals of replaced experts: its scope must be replaced")
         if self.learning_rate is None and self.scope not in ("norms", "scales", "all"):
             raise ValueError("learning_rate is a number with this scope; null is for norms, scales and all")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what most recipes do not say, so that theirs are as they always were."""
+        return _without_unsaid(serialized(self), {"fade": 0.0})
 
 
 class RecoverChoice(_Part):

@@ -12,6 +12,7 @@ from compressors.model.errors import InputError
 from compressors.recover.schedule import RATES_HIDDEN_SIZE, UPDATES_PER_BATCH, Schedule
 from compressors.recover.scopes import BlockLength, Scope
 from compressors.recover.training_memory import refuse_too_large
+from compressors.shrink.registry import LIGHT_MOE
 from exporter.planning.recipe import CompressChoice, RecoverChoice, RungChoice
 
 __all__ = [
@@ -47,6 +48,7 @@ _LOSSES: Mapping[str, Sequence[str]] = {
     "top-experts": ("kd", "next-token", "ka", "sar"),
     "experts": ("kd", "next-token", "ka", "sar"),
     "adapters": ("kd", "next-token", "ka", "sar"),
+    "replaced": ("kd", "next-token"),
     "norms": ("kd", "next-token"),
     "all": ("kd", "next-token"),
 }
@@ -58,12 +60,16 @@ RECOVERIES = (
 )
 """Values of ``--recover``: the ladder, nothing, the published schedule, or one rung, ``SCOPE`` or ``SCOPE:LOSS``."""
 
-_RATES = {"router": 3e-3, "top-experts": 1e-3, "experts": 1e-3, "adapters": 3e-3}
+_RATES = {"router": 3e-3, "top-experts": 1e-3, "experts": 1e-3, "adapters": 3e-3, "replaced": 1e-3}
 """Learning rates chosen on a selection split (docs/recovery.md), for a model of ``RATES_HIDDEN_SIZE``."""
+
+_FADE = 0.5
+"""Part of the steps over which originals fade out beside the experts that replace them (docs/lightmoe.md)."""
 
 _SCOPES = {
     "router": Scope.routers(),
     "experts": Scope.all_experts(),
+    "replaced": Scope.replaced_experts(),
     "norms": Scope.routers_and_norms(),
     "scales": Scope.block_scales(),
     "all": Scope.everything(),
@@ -129,12 +135,16 @@ def choose_ladder(
 
 
 def wish_for(wish: str, compress: CompressChoice) -> str:
-    """Replaces ``auto`` by ``all`` where experts of a MoE student are narrower; other values stay.
+    """Replaces ``auto`` by ``all`` where experts of a MoE student are narrower, or by what keeps bases shared.
+
+    Other values stay.
 
     Narrow experts start well, because their down projections compensate for the cut neurons: they get one rung, of all
     tensors, at a rate by their divergence (:mod:`exporter.planning.rates`). The rate that pruned experts need would
     ruin them.
     """
+    if wish == "auto" and compress.apart:
+        return "replaced" if compress.edit == LIGHT_MOE.name else "router"
     is_narrow = compress.width is not None and compress.student == "moe"
     return "all" if wish == "auto" and is_narrow else wish
 
@@ -206,6 +216,7 @@ def schedule_of(choice: RecoverChoice, rung: RungChoice, n_blocks: int) -> Sched
         rung.learning_rate or 0.0,
         min(rung.blocks_per_step, n_blocks),
         seed=choice.seed,
+        fade_ratio=rung.fade,
         updates_per_batch=UPDATES_PER_BATCH if rung.loss == "ka" else 1,
     )
 
@@ -236,6 +247,7 @@ _TRAINED: Mapping[str, Callable[[TensorSpec], bool]] = {
     "block scales": lambda tensor: _is_of_mixer(tensor) or _is_of_expert(tensor),
     "experts": _is_of_expert,
     "adapters": _is_of_expert,
+    "bases and adapters": _is_of_expert,
     "feed-forwards": _is_of_expert,
 }
 """Functions that tell whether a tensor is trained, by a part of a rung's name (:meth:`Scope.name_in`)."""
@@ -274,6 +286,7 @@ def _rung(scope: str, loss: str, student: ModelSpec, machine: Machine) -> RungCh
         blocks=min(CALIBRATION_BLOCKS, machine.calibration_blocks),
         blocks_per_step=min(per_step, machine.calibration_blocks),
         learning_rate=_rate(scope, student) if scope in _RATES else None,
+        fade=_FADE if scope == "replaced" else 0.0,
     )
 
 

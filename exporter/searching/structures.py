@@ -1,4 +1,4 @@
-"""The structures that a search considers: all experts, narrower ones, fewer, fewer layers, and two of these at once.
+"""The structures that a search considers: all experts, narrower ones, fewer, replaced ones, fewer layers, two at once.
 
 Bits go first: down to the floor of the format, about 14 % of the size in 16 bits, a file of all experts beats every
 smaller structure. So structures are few, and the search considers them where fewer bits are not enough
@@ -11,17 +11,20 @@ import math
 from collections.abc import Iterator, Sequence
 
 from compressors.model.description.spec import ModelSpec
+from compressors.model.errors import InputError
 from compressors.shrink.dense import check_dense
-from compressors.shrink.registry import METHODS, expert_counts
+from compressors.shrink.registry import LIGHT_MOE, METHODS, expert_counts
+from compressors.shrink.replace import replacement_for
 from exporter.planning.compression import layers_with_experts
 from exporter.planning.plan import Search
 from exporter.planning.recipe import CompressChoice
 
-__all__ = ["expected_loss", "structures_for", "whole", "with_experts"]
+__all__ = ["expected_loss", "replacing", "structures_for", "whole", "with_experts"]
 
 _METHOD = "reap"
 _EIGHTHS = range(7, 0, -1)  # eighths of the experts, or of their width, that may be left
 _WIDTH_MULTIPLE = 64  # narrower rows have no type below 4 bits that every llama.cpp of 2026 reads
+_LOSS_OF_HALF_REPLACED = 0.3  # nats after training
 _LEAST_LAYERS = 8  # the fewest layers of which one in eight may go
 
 
@@ -37,6 +40,10 @@ def structures_for(search: Search, spec: ModelSpec) -> Sequence[CompressChoice]:
         return [whole(spec).model_copy(update={"student": "dense"})]
     if search.experts is not None:
         return [with_experts(search.method, search.experts, spec)]
+    if search.removed_share is not None:
+        return [replacing(search.removed_share, spec, apart=not search.materialize)]
+    if search.materialize:
+        return [whole(spec), *_replacing(spec, apart=False)]
     smaller = candidates_of(search.method, spec)
     return [whole(spec), *sorted(smaller, key=lambda choice: expected_loss(choice, spec))]
 
@@ -45,9 +52,11 @@ def candidates_of(method: str, spec: ModelSpec) -> Iterator[CompressChoice]:
     """The structures below the original that a method leads to; ``auto`` stands for all that are known to be good."""
     n_layers = len(layers_with_experts(spec))
     if method == "auto":
-        yield from (*_narrower(spec), *_fewer(_METHOD, spec), *_shorter(spec), *_both(spec))
+        yield from (*_narrower(spec), *_fewer(_METHOD, spec), *_shorter(spec), *_both(spec), *_replacing(spec))
     elif method == "slim":
         yield from _narrower(spec)
+    elif method == LIGHT_MOE.name:
+        yield from _replacing(spec)
     elif method == "block-drop":
         yield from (CompressChoice(experts=spec.n_experts, drop_blocks=n) for n in range(1, n_layers))
     elif method == "layer-drop":
@@ -64,6 +73,23 @@ def with_experts(method: str, n_experts: int, spec: ModelSpec) -> CompressChoice
     return CompressChoice(experts=n_experts, method=chosen, sequential=METHODS[chosen].is_sequential)
 
 
+def replacing(share: float, spec: ModelSpec, *, apart: bool = True) -> CompressChoice:
+    """The structure in which replaced experts remove a share of all experts' values.
+
+    Raises:
+        InputError: not so much can be removed.
+    """
+    numbers = replacement_for(share, spec)
+    return CompressChoice(
+        experts=spec.n_experts,
+        edit=LIGHT_MOE.name,
+        edit_size=numbers.rank,
+        replaced=numbers.n_replaced,
+        bases=numbers.n_bases,
+        apart=apart,
+    )
+
+
 def expected_loss(choice: CompressChoice, spec: ModelSpec) -> float:
     """The divergence, nats, that a structure is expected to have after training, before its weights are quantized.
 
@@ -73,7 +99,25 @@ def expected_loss(choice: CompressChoice, spec: ModelSpec) -> float:
     narrower = _taken(spec.expert_width, choice.width)
     fewer = _taken(spec.n_experts, choice.experts)
     shorter = _taken(spec.n_layers, spec.n_layers - choice.drop_blocks - choice.drop_moe_layers)
-    return 0.075 * narrower * narrower + 0.3 * fewer * math.sqrt(fewer) + 1.2 * shorter
+    replaced = _replaced_share(choice, spec) / (1 - _replaced_share(choice, spec))
+    lost = 0.075 * narrower * narrower + 0.3 * fewer * math.sqrt(fewer) + 1.2 * shorter
+    return lost + _LOSS_OF_HALF_REPLACED * replaced
+
+
+def _replaced_share(choice: CompressChoice, spec: ModelSpec) -> float:
+    """The share of the experts' values that replaced ones leave out, whether or not a file saves them."""
+    if choice.replaced is None or choice.bases is None:
+        return 0.0
+    return (choice.replaced - choice.bases) / sum(layer.n_experts for layer in spec.layers)
+
+
+def _replacing(spec: ModelSpec, *, apart: bool = True) -> Iterator[CompressChoice]:
+    """Replaced experts for rising shares of all experts, as far as adapters and bases leave something to remove."""
+    for eighths in range(1, 8):
+        try:
+            yield replacing(eighths / 8, spec, apart=apart)
+        except InputError:
+            return
 
 
 def _taken(total: int, left: int | tuple[int, ...] | None) -> float:

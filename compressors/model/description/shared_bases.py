@@ -46,6 +46,10 @@ class SharedBases:
         """The experts that stand on a base, ascending."""
         return tuple(expert for expert, own in enumerate(self.base_of) if own == base)
 
+    def n_values(self, rows: int, columns: int) -> int:
+        """The values that stand for the replaced experts' matrices of this shape: bases, and A and B of each."""
+        return self.n_bases * rows * columns + len(self.replaced) * self.rank * (rows + columns)
+
     def check_against(self, n_experts: int) -> None:
         """Checks that this describes the experts of a layer.
 

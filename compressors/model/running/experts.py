@@ -7,7 +7,7 @@ has ``up_proj`` [E, F, D] instead, which stands here for gate and up. The functi
 transformers' own. Weights stay in storage dtype and are converted one expert at a time when the activations have
 another. Where the module has an attribute ``trained``
 (:class:`~compressors.model.running.trained_experts.TrainedExperts`), those weights stand in for its own, and get
-gradients.
+gradients; while its own fade out, an expert's output is a mean of both.
 
 Letters: n tokens of one expert, S = T * K choices of all tokens.
 """
@@ -127,6 +127,12 @@ class _GroupedExperts(torch.autograd.Function):
             hidden = _activate(experts, gate_up)
             outputs = torch.mm(hidden, weights.down(choice.expert).T, out=outputs_SD[choice.start :][: choice.n_rows])
             _add_row(outputs, down_bias_ED, choice.expert)
+            if (share := weights.share(choice.expert)) < 1.0:
+                _, stored_down = stored = weights.stored_in_dtype(choice.expert)
+                stored_n2F = _first_product(inputs, stored, gate_up_bias_EF, choice.expert)
+                stored_nD = _activate(experts, stored_n2F) @ stored_down.T
+                _add_row(stored_nD, down_bias_ED, choice.expert)
+                outputs.mul_(share).add_(stored_nD, alpha=1.0 - share)
             if observer is not None:
                 gates_n = gates_TK[choice.tokens, choice.slots]
                 observer(choice.expert, gates_n, hidden[: choice.n], outputs[: choice.n])
@@ -137,7 +143,7 @@ class _GroupedExperts(torch.autograd.Function):
                 bias.shape if bias is not None and needed else None
                 for bias, needed in zip(biases, is_trained, strict=True)
             ]
-            ctx.experts = experts
+            ctx.experts, ctx.gate_up_bias = experts, gate_up_bias_EF
         return choices.sum_by_token(outputs_SD, gates_TK)
 
     @staticmethod
@@ -156,20 +162,28 @@ class _GroupedExperts(torch.autograd.Function):
         for choice in choices:
             rows = slice(choice.start, choice.start + choice.n_rows)
             gradient_nD = gradient_TD.index_select(0, choice.padded_tokens)
-            pulled_nF = gradient_nD @ weights.down(choice.expert)
             gates_n = gradient_TD.new_zeros(choice.n_rows)
             gates_n[: choice.n] = gates_TK[choice.tokens, choice.slots]
-            with torch.enable_grad():
-                gate_up = gate_up_[rows].detach().requires_grad_()
-                hidden_nF = _activate(ctx.experts, gate_up)
-                (gate_up_gradient,) = torch.autograd.grad(hidden_nF, gate_up, pulled_nF * gates_n[:, None])
+            share = weights.share(choice.expert)
+            down, shared_gates_n = weights.down(choice.expert), gates_n * share
+            pulled = _Pulled.back(ctx.experts, gate_up_[rows], down, gradient_nD, shared_gates_n)
+            gate_up_gradient, hidden_nF = pulled.gate_up_gradient, pulled.hidden_nF
             torch.mm(gate_up_gradient, weights.gate_up(choice.expert), out=input_gradients_SD[rows])
-            gate_gradient_n = (pulled_nF * hidden_nF.detach()).sum(-1)[: choice.n]
+            gate_gradient_n = share * pulled.gate_gradient_n[: choice.n]
+            if share < 1.0:
+                stored_gate_up, stored_down = stored = weights.stored_in_dtype(choice.expert)
+                inputs_nD = hidden_TD.index_select(0, choice.padded_tokens)
+                stored_n2F = _first_product(inputs_nD, stored, ctx.gate_up_bias, choice.expert)
+                pulled = _Pulled.back(ctx.experts, stored_n2F, stored_down, gradient_nD, gates_n * (1.0 - share))
+                input_gradients_SD[rows].addmm_(pulled.gate_up_gradient, stored_gate_up)
+                gate_gradient_n = gate_gradient_n + (1.0 - share) * pulled.gate_gradient_n[: choice.n]
+                if of_gate_up_bias is not None:
+                    of_gate_up_bias[choice.expert] = pulled.gate_up_gradient.sum(0)
             if down_bias_ED is not None:
                 bias_D = down_bias_ED[choice.expert].to(gradient_nD.dtype)
                 gate_gradient_n = gate_gradient_n + gradient_nD[: choice.n] @ bias_D
             if of_gate_up_bias is not None:
-                of_gate_up_bias[choice.expert] = gate_up_gradient.sum(0)
+                of_gate_up_bias[choice.expert] += gate_up_gradient.sum(0)
             if of_down_bias is not None:
                 of_down_bias[choice.expert] = gates_n @ gradient_nD
             gates_gradient_TK[choice.tokens, choice.slots] = gate_gradient_n.to(gates_TK.dtype)
@@ -180,10 +194,37 @@ class _GroupedExperts(torch.autograd.Function):
                 inputs_nD = hidden_TD.index_select(0, choice.padded_tokens)
                 gate_up, down = weights.stored(choice.expert)
                 of_gate_up = Product(gate_up_gradient, inputs_nD, gate_up)
-                of_down = Product(gradient_nD * gates_n[:, None], hidden_nF.detach(), down)
+                of_down = Product(gradient_nD * shared_gates_n[:, None], hidden_nF, down)
                 trained.add_gradients(sums, choice.expert, of_gate_up, of_down)
         of_biases = (of_gate_up_bias, of_down_bias)
         return choices.sum_by_token(input_gradients_SD), gates_gradient_TK, None, None, *of_biases, *sums
+
+
+@dataclass(frozen=True)
+class _Pulled:
+    """A gradient, pulled back through one expert."""
+
+    hidden_nF: torch.Tensor
+    gate_up_gradient: torch.Tensor  # [n, 2F]
+    gate_gradient_n: torch.Tensor  # without the share and the bias of the output
+
+    @classmethod
+    def back(
+        cls,
+        experts: nn.Module,
+        gate_up_n2F: torch.Tensor,
+        down_DF: torch.Tensor,
+        gradient_nD: torch.Tensor,
+        gates_n: torch.Tensor,
+    ) -> _Pulled:
+        """Pulls the gradient of a sum of gated outputs back to the first products, which are given."""
+        pulled_nF = gradient_nD @ down_DF
+        with torch.enable_grad():
+            gate_up = gate_up_n2F.detach().requires_grad_()
+            hidden_nF = _activate(experts, gate_up)
+            (gate_up_gradient,) = torch.autograd.grad(hidden_nF, gate_up, pulled_nF * gates_n[:, None])
+        hidden_nF = hidden_nF.detach()
+        return cls(hidden_nF, gate_up_gradient, (pulled_nF * hidden_nF).sum(-1))
 
 
 class _ExpertWeights:
@@ -199,6 +240,14 @@ class _ExpertWeights:
         """The expert's stored matrices, gate and up, then down; trained ones may take their place."""
         return self._gate_up[expert], self._down[expert]
 
+    def stored_in_dtype(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matrices of :meth:`stored` in the dtype of the activations."""
+        return self._gate_up[expert].to(self._dtype), self._down[expert].to(self._dtype)
+
+    def share(self, expert: int) -> float:
+        """The share of the trained matrices in the expert's output; below 1 the stored ones have the rest."""
+        return 1.0 if self._trained is None else self._trained.share(expert)
+
     def gate_up(self, expert: int) -> torch.Tensor:
         stored = self._gate_up[expert]
         return (stored if self._trained is None else self._trained.gate_up_weight(expert, stored)).to(self._dtype)
@@ -206,6 +255,15 @@ class _ExpertWeights:
     def down(self, expert: int) -> torch.Tensor:
         stored = self._down[expert]
         return (stored if self._trained is None else self._trained.down_weight(expert, stored)).to(self._dtype)
+
+
+def _first_product(
+    inputs_nD: torch.Tensor, matrices: tuple[torch.Tensor, torch.Tensor], bias_EF: torch.Tensor | None, expert: int
+) -> torch.Tensor:
+    """The inputs' product with gate and up, [n, 2F], biases included."""
+    product_n2F = inputs_nD @ matrices[0].T
+    _add_row(product_n2F, bias_EF, expert)
+    return product_n2F
 
 
 def _add_row(products_nO: torch.Tensor, bias_EO: torch.Tensor | None, expert: int) -> None:

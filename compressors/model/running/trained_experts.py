@@ -1,22 +1,23 @@
 """Float32 tensors that stand in for experts' weights while they are trained.
 
 An expert has two matrices as transformers fuses them: gate and up [2F, D], or up alone, and down [D, F]. Each is
-trained whole, through a low-rank adapter on top of the stored matrix, or through a factor for each of its blocks.
+trained whole, through a low-rank adapter on top of the stored matrix or of a base that experts share, or through a
+factor for each of its blocks.
 
 Letters: N trained experts of a layer, O outputs and I inputs of a matrix, n tokens of one expert, R rank,
-P parts of a fused matrix (2: gate and up; 1: down, or up alone), K blocks of a row.
+P parts of a fused matrix (2: gate and up; 1: down, or up alone), K blocks of a row, M bases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-__all__ = ["LowRankMatrices", "Product", "ScaledMatrices", "TrainedExperts", "TrainedMatrices", "WholeMatrices"]
-__all__ += ["scaled"]
+__all__ = ["BasedMatrices", "Fade", "LowRankMatrices", "Product", "ScaledMatrices", "TrainedExperts", "TrainedMatrices"]
+__all__ += ["WholeMatrices", "scaled"]
 
 
 def scaled(stored_RI: torch.Tensor, factors_RK: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,7 @@ class TrainedMatrices(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """The trained tensors by name: float32, with the experts on the first axis."""
+        """The trained tensors by name: float32, with the experts, or the bases, on the first axis."""
 
     def weight(self, row: int, stored_OI: torch.Tensor) -> torch.Tensor:
         """The matrix that stands in for the ``row``-th trained expert's stored one: float32 [O, I]."""
@@ -104,6 +105,31 @@ class LowRankMatrices:
 
 
 @dataclass(frozen=True)
+class BasedMatrices:
+    """A base that some experts share, plus B A of each: what is stored takes no part."""
+
+    base_MOI: torch.Tensor  # gate and up in one, like what is stored
+    base_of: tuple[int, ...]  # of each trained expert; below 0: B A alone is its matrix
+    own: LowRankMatrices
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The bases, A and B."""
+        return {"base": self.base_MOI, **self.own.tensors}
+
+    def weight(self, row: int, stored_OI: torch.Tensor) -> torch.Tensor:
+        """The expert's base plus B A, [O, I]."""
+        base = self.base_of[row]
+        return self.own.weight(row, torch.zeros_like(stored_OI) if base < 0 else self.base_MOI[base])
+
+    def add_gradients(self, sums: Sequence[torch.Tensor], row: int, product: Product) -> None:
+        """Adds G^T X to the base's, and what an adapter gets to A's and B's."""
+        if self.base_of[row] >= 0:
+            sums[0][self.base_of[row]] += product.gradient
+        self.own.add_gradients(sums[1:], row, product)
+
+
+@dataclass(frozen=True)
 class ScaledMatrices:
     """Stored matrices whose blocks are each multiplied by a factor, as if they had other scales.
 
@@ -135,6 +161,16 @@ class ScaledMatrices:
             sums_NOK[row] += part_OI.unflatten(-1, (sums_NOK.shape[-1], -1)).sum(-1)
 
 
+@dataclass
+class Fade:
+    """The share of trained experts in what they put out together with the stored ones, which fade out.
+
+    At 0 the stored experts answer alone, at 1 the trained ones. It changes between steps.
+    """
+
+    share: float = 1.0
+
+
 @dataclass(frozen=True)
 class TrainedExperts:
     """Some experts of one layer, with the tensors that stand in for their weights."""
@@ -142,6 +178,11 @@ class TrainedExperts:
     experts: tuple[int, ...]
     gate_up: TrainedMatrices
     down: TrainedMatrices
+    fade: Fade = field(default_factory=Fade)
+
+    def share(self, expert: int) -> float:
+        """The share of the trained tensors in the expert's output; the stored matrices have the rest."""
+        return self.fade.share if expert in self.experts else 1.0
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

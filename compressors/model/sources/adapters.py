@@ -18,7 +18,7 @@ from compressors.model.description.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdaptedExperts", "adapter_tensors", "factors_of", "holds_adapter", "holds_adapters"]
+__all__ = ["AdaptedExperts", "Without", "adapter_tensors", "factors_of", "holds_adapter", "holds_adapters"]
 
 _A, _B = ".adapter_a", ".adapter_b"
 
@@ -106,3 +106,30 @@ class AdaptedExperts(Mapping[str, "torch.Tensor"]):
 
     def __len__(self) -> int:
         return len(self._others) + len(self._matrices)
+
+
+class Without(Mapping[str, "torch.Tensor"]):
+    """An overlay without some of its tensors.
+
+    Args:
+        overlay: all of them.
+        hidden: the names of those that are not seen.
+    """
+
+    def __init__(self, overlay: Mapping[str, torch.Tensor], hidden: frozenset[str]) -> None:
+        self._overlay = overlay
+        self._hidden = hidden
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._hidden:
+            raise KeyError(name)
+        return self._overlay[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name not in self._hidden and name in self._overlay
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._overlay if name not in self._hidden)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

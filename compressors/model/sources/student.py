@@ -22,7 +22,7 @@ from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.weight_file import StoredTensors
-from compressors.model.sources.adapters import AdaptedExperts, factors_of, holds_adapter, holds_adapters
+from compressors.model.sources.adapters import AdaptedExperts, Without, factors_of, holds_adapter, holds_adapters
 from compressors.model.sources.kept_weights import KeptWeights
 from compressors.model.sources.source import Source
 from compressors.model.sources.weights import Weights, WrittenWeights
@@ -366,6 +366,17 @@ class Student:
         below = self.overlay.maps if isinstance(self.overlay, ChainMap) else [self.overlay]
         both = ChainMap(overlay, *below)  # type: ignore[arg-type]  # nothing is written to it
         return Student(self.source, self.experts, both, self._weights)
+
+    def with_originals(self) -> Student:
+        """The same student with the source's own experts in place of those that stand on bases."""
+        names = {
+            self.name(tensor.role, index, expert)
+            for index, layer in enumerate(self.spec.blocks)
+            if layer.bases is not None
+            for tensor in layer.expert_tensors
+            for expert in layer.bases.replaced
+        }
+        return Student(self.source, self.experts, Without(self.overlay, frozenset(names)), self._weights)
 
     def as_written(self, weights: WrittenWeights) -> Student:
         """The same student with a file's numbers in place of all its own, its overlay included."""

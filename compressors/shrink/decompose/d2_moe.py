@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from compressors.model.description.shared_bases import SharedBases
 from compressors.shrink.decompose.factors import ExpertMatrices, check_rank, with_factors
 from compressors.shrink.decompose.svd import SvdFactors, decompose_experts
-from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
+from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, SharedParts
 
 __all__ = ["D2Moe", "D2MoeFactors", "usage_weighted_base"]
 
@@ -25,6 +26,13 @@ class D2MoeFactors:
         """The dense experts: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F]."""
         gate_up_EFD, down_EDF = self.deltas.materialize()
         return gate_up_EFD + torch.cat(self.base.of_inputs), down_EDF + self.base.down_DF
+
+    def parts(self, dtype: torch.dtype) -> SharedParts:
+        """The base, rounded to this dtype, and the deltas as adapters on it."""
+        adapters = self.deltas.adapters()
+        base = tuple(matrix.to(dtype) for matrix in (*self.base.of_inputs, self.base.down_DF))
+        rank = self.deltas.down.left_EOr.shape[-1]
+        return SharedParts(SharedBases((0,) * len(adapters), 1, rank), (base,), adapters)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ columns of a matrix (gate and up: O = F, I = D; down: O = D, I = F).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 
 from compressors.model.errors import InputError
-from compressors.shrink.moe_block import CompressedBlock, MoeBlock
+from compressors.shrink.moe_block import CompressedBlock, MoeBlock, SharedParts
 
 __all__ = ["ExpertMatrices", "Factors", "LowRank", "check_rank", "with_factors"]
 
@@ -26,6 +26,9 @@ class Factors(Protocol):
 
         Without a gate the first is up alone, [E, F, D].
         """
+
+    def parts(self, dtype: torch.dtype) -> SharedParts | None:
+        """The factors as a base, in this dtype, and adapters; None if no sum of such stands for the experts."""
 
 
 class ExpertMatrices(NamedTuple):
@@ -64,8 +67,9 @@ class LowRank:
 
 
 def with_factors(block: MoeBlock, factors: Factors) -> CompressedBlock:
-    """The block with the factors multiplied out."""
-    return CompressedBlock.rewritten(block, *factors.materialize())
+    """The block with the factors multiplied out, and the factors beside it."""
+    result = CompressedBlock.rewritten(block, *factors.materialize())
+    return replace(result, parts=factors.parts(block.down_EDF.dtype))
 
 
 def check_rank(rank: int, block: MoeBlock) -> None:

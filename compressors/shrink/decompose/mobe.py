@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from compressors.model.errors import InputError
 from compressors.shrink.decompose.factors import check_rank, with_factors
-from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
+from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, SharedParts
 
 __all__ = ["Activation", "Mobe", "MobeFactors", "SharedBases"]
 
@@ -50,6 +50,10 @@ class MobeFactors:
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense experts: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F] in its own dtype."""
         return torch.cat([bases.product() for bases in self.of_inputs], dim=1), self.down_EDF
+
+    def parts(self, dtype: torch.dtype) -> SharedParts | None:
+        """None: the bases pass through a function before they are mixed, so no expert is a base plus a product."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from compressors.model.description.shared_bases import SharedBases
 from compressors.shrink.decompose.factors import ExpertMatrices, LowRank, check_rank, with_factors
-from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, Routes, second_moment
+from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, Routes, SharedParts, second_moment
 
 __all__ = ["ActivationSvd", "ExpertMoments", "SvdFactors", "decompose_experts", "expert_moments", "truncate"]
 
@@ -31,6 +32,19 @@ class SvdFactors:
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense experts: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F]."""
         return torch.cat([factors.product() for factors in self.of_inputs], dim=1), self.down.product()
+
+    def parts(self, dtype: torch.dtype) -> SharedParts:
+        """The products as adapters on no base."""
+        shared = SharedBases((SharedBases.ZERO,) * len(self.down.left_EOr), 0, self.down.left_EOr.shape[-1])
+        return SharedParts(shared, (), self.adapters())
+
+    def adapters(self) -> dict[int, tuple[tuple[torch.Tensor, torch.Tensor], ...]]:
+        """A [r, I] and B [O, r] of each expert's matrices."""
+        matrices = (*self.of_inputs, self.down)
+        return {
+            expert: tuple((matrix.right_ErI[expert], matrix.left_EOr[expert]) for matrix in matrices)
+            for expert in range(len(self.down.left_EOr))
+        }
 
 
 @dataclass(frozen=True)

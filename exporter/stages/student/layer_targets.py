@@ -17,7 +17,10 @@ from compressors.shrink.drop import block_similarities, moe_similarities, most_s
 from compressors.shrink.layerwise import LayerTarget
 from compressors.shrink.moe_block import Method
 from compressors.shrink.prune import Prune
-from compressors.shrink.registry import METHODS, made
+from compressors.shrink.registry import LIGHT_MOE, METHODS, made
+from compressors.shrink.replace import bases_by_layer
+from compressors.shrink.replace.light_moe import LightMoE
+from compressors.shrink.replace.selection import contributions, replaced_by_layer
 from compressors.shrink.slim.width import SlimWidth
 from exporter.planning.compression import by_layer, condensed_size, layers_with_experts
 from exporter.planning.recipe import CompressChoice
@@ -53,19 +56,22 @@ def layer_targets(
     decoder_layers = statistics[: teacher.n_layers] if choice.protect_super_experts else ()
     protected = super_experts(decoder_layers) if choice.protect_super_experts else [frozenset[int]()] * teacher.n_layers
     widths = by_layer(choice.width, len(with_moe), teacher.expert_width)
+    edits = _edits(choice, [statistics[layer] for layer in with_moe])
     targets = {
         layer: LayerTarget(
             layer,
             condensed_size(teacher, width) if choice.student == "dense" else MoeSize(count, width),
-            tuple(_methods(choice, teacher, count, width, protected[layer])),
+            (*_methods(choice, teacher, count, width, protected[layer]), *edit),
+            keeps_parts=choice.apart,
         )
-        for layer, count, width in zip(with_moe, counts, widths, strict=True)
+        for layer, count, width, edit in zip(with_moe, counts, widths, edits, strict=True)
     }
     found = [targets.get(layer, LayerTarget(layer, NO_MOE)) for layer in layers]
     if teacher.mtp is not None:
         size = MoeSize(counts[-1], widths[-1])
         methods = _methods(choice, teacher, size.n_experts, size.expert_width, frozenset())
-        found.append(LayerTarget(teacher.n_layers, size, tuple(methods)))
+        edit = () if choice.edit == LIGHT_MOE.name else _edits(choice, statistics[-1:])[0]
+        found.append(LayerTarget(teacher.n_layers, size, (*methods, *edit)))
     return found
 
 
@@ -110,8 +116,21 @@ def _methods(
         methods.append(replace(fewer, protected=protected) if isinstance(fewer, Prune) else fewer)
     if width < teacher.expert_width:
         methods.append(SlimWidth(width))
-    if choice.edit_size is not None:
-        methods.append(made(choice.edit, choice.edit_size))
     if choice.student == "dense":
         methods.append(Condense())
     return methods
+
+
+def _edits(choice: CompressChoice, statistics: Sequence[LayerStatistics]) -> Sequence[tuple[Method, ...]]:
+    """The method that rewrites the experts of each layer, if one does."""
+    if choice.edit_size is None:
+        return [()] * len(statistics)
+    if choice.edit != LIGHT_MOE.name:
+        return [(made(choice.edit, choice.edit_size),)] * len(statistics)
+    assert choice.replaced is not None and choice.bases is not None, "the recipe checks it"
+    counts = replaced_by_layer([contributions(layer) for layer in statistics], choice.replaced)
+    bases = bases_by_layer(counts, choice.bases)
+    return [
+        (LightMoE(count, n_bases, choice.edit_size),) if count else ()
+        for count, n_bases in zip(counts, bases, strict=True)
+    ]

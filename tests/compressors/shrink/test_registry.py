@@ -17,15 +17,17 @@ from compressors.shrink.prune import Prune
 from compressors.shrink.registry import EDITS, EXPERT_METHODS, KEEPS_EXPERTS, METHODS, Changes, made
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refusal
+from exporter.planning.compression import expected_spec
 from exporter.planning.flags import Flags
 from exporter.planning.recipe import CompressChoice
+from exporter.searching.structures import replacing
 
 
 def test_recipes_and_command_line_name_what_is_registered() -> None:
     named = {name: get_args(CompressChoice.model_fields[name].annotation) for name in ("method", "edit")}
     assert named == {"method": ("none", *EXPERT_METHODS), "edit": ("none", *EDITS)}
     for name in ("auto", *EXPERT_METHODS, *KEEPS_EXPERTS):
-        Flags(budget="1GB", method=name).job()
+        Flags(budget="1GB", method=name, formats="onnx").job()
     assert {*EXPERT_METHODS, *EDITS, *KEEPS_EXPERTS} == set(METHODS)
     assert set(CRITERION_NAMES) < set(EXPERT_METHODS)
 
@@ -39,7 +41,7 @@ def test_a_line_makes_the_method_that_it_describes() -> None:
     assert METHODS["removal-error"].score is METHODS["ream"].score is None is not METHODS["man"].score
     assert METHODS["ream"].is_sequential and not METHODS["reap"].is_sequential
     changing = {name for name, method in METHODS.items() if method.changes_weights}
-    assert changing == {"m-smoe", "hc-smoe", "ream", "svd", "d2-moe", "mobe", "slim"}
+    assert changing == {"m-smoe", "hc-smoe", "ream", "svd", "d2-moe", "mobe", "lightmoe", "slim"}
     with pytest.raises(AssertionError, match="whole layers"):
         made("block-drop", 1)
 
@@ -55,6 +57,7 @@ def test_what_gguf_cannot_hold_is_what_the_writer_refuses(fine_folder: Path) -> 
         Changes.MERGED: spec.with_experts(8),
         Changes.WIDTH: spec.with_sizes([layer.moe for layer in spec.layers]),
         Changes.VALUES: spec,
+        Changes.SHARED: expected_spec(replacing(0.3, spec), spec),
         Changes.EXPERTS_OF_LAYERS: spec.with_sizes([*(layer.moe for layer in spec.layers[1:]), NO_MOE]),
         Changes.LAYERS: spec.with_sizes([layer.moe for layer in spec.layers[1:]]),
     }

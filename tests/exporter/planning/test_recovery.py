@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 
 from compressors.model.description.roles import Role
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.sources.opening import open_source
@@ -43,6 +44,9 @@ def _trained(scope: str, spec: ModelSpec, rank: int | None = None) -> int:
 
 @pytest.mark.parametrize("wish", RECOVERIES)
 def test_every_wish_is_a_ladder_that_a_large_machine_climbs(wish: str, pruned: ModelSpec) -> None:
+    if wish.startswith("replaced"):
+        bases = SharedBases((*[0] * 3, *[None] * (pruned.n_experts - 3)), 1, 2)
+        pruned = pruned.with_sizes([replace(layer.moe, bases=bases) for layer in pruned.layers])
     choice, refused = choose_ladder(wish, pruned, 2, _PLENTY, seed=3)
     assert not refused
     assert choice.seed == 3

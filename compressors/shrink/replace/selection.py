@@ -1,0 +1,66 @@
+"""Decides how many experts of each layer are replaced.
+
+LightMoE's formula is not public (Hao et al., arXiv 2603.12645): what is known is that each layer has a threshold of its
+own. Ours follows from one rule: the experts of least contribution are replaced, whatever their layer, where a
+contribution is a share of its layer's. So a layer that leans on few experts gives many, and one whose experts are all
+busy keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from compressors.calibration.statistics import LayerStatistics
+from compressors.model.errors import InputError
+from compressors.shrink.replace.counts import FEWEST_ON_A_BASE
+
+__all__ = ["contributions", "replaced_by_layer"]
+
+
+def contributions(statistics: LayerStatistics) -> torch.Tensor:
+    """Each expert's share of what its layer's experts add up to: the sum of g ||f|| over its tokens, float64 [E].
+
+    The shares of a layer have the sum 1; all are alike if no token came by.
+    """
+    sums_E = statistics.gate_norm_sum_E
+    return sums_E / sums_E.sum() if sums_E.sum() > 0 else torch.full_like(sums_E, 1 / len(sums_E))
+
+
+def replaced_by_layer(shares: Sequence[torch.Tensor], n_replaced: int) -> list[int]:
+    """The number of experts that each layer replaces, none or at least two: those with the model's lowest shares.
+
+    A share is multiplied by the number of the layer's experts, so that layers of different sizes compare. Of equal
+    shares the earlier layer and the lower index go first.
+
+    Args:
+        shares: each layer's :func:`contributions`.
+        n_replaced: the experts that are replaced in all layers together.
+
+    Raises:
+        InputError: there are not so many experts, or too few for two in a layer.
+    """
+    sizes = [len(shares_E) for shares_E in shares]
+    if not FEWEST_ON_A_BASE <= n_replaced <= sum(sizes):
+        raise InputError(
+            f"{n_replaced} of {sum(sizes)} experts cannot be replaced: give a number from {FEWEST_ON_A_BASE} to "
+            f"{sum(sizes)}"
+        )
+    lowest_first = torch.cat([shares_E * len(shares_E) for shares_E in shares]).argsort(stable=True)
+    layer_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    counts = torch.bincount(layer_of[lowest_first[:n_replaced]], minlength=len(sizes)).tolist()
+    return _without_ones(counts, sizes)
+
+
+def _without_ones(counts: list[int], sizes: Sequence[int]) -> list[int]:
+    """Gives layers with a single replaced expert one more, from the layers that have most, or takes it from them."""
+    while 1 in counts:
+        lonely = counts.index(1)
+        spare = max(range(len(counts)), key=lambda layer: counts[layer])
+        if counts[spare] > FEWEST_ON_A_BASE and sizes[lonely] > 1:
+            counts[lonely], counts[spare] = FEWEST_ON_A_BASE, counts[spare] - 1
+        else:
+            taker = next(layer for layer in range(len(counts)) if 1 < counts[layer] < sizes[layer])
+            counts[lonely], counts[taker] = 0, counts[taker] + 1
+    return counts
