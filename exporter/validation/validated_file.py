@@ -109,8 +109,8 @@ def _trained_roles(report: Mapping[str, Any], is_saved: bool, spec: ModelSpec) -
 
 
 def _is_changed(layer: LayerMap) -> bool:
-    """True if a layer's experts are not the original's: merged, or of another width."""
-    return layer.width is not None or any(len(group) > 1 for group in layer.groups)
+    """True if a layer's experts are not the original's: merged, of another width, or on shared bases."""
+    return layer.width is not None or layer.shared is not None or any(len(group) > 1 for group in layer.groups)
 
 
 def validate_file(

@@ -18,7 +18,7 @@ from onnx import TensorProto
 
 from compressors.model.files.gguf.gguf_file import GgufEntry, GgufFile
 from compressors.model.files.onnx_graph import external_place, read_graph
-from compressors.model.files.onnx_names import BY_EXPERT, CHOSEN_LOGITS, is_cache_input
+from compressors.model.files.onnx_names import BY_EXPERT, CHOSEN_LOGITS, WEIGHTS_OF_ALL, is_cache_input
 from compressors.model.files.raw_file import RawFile
 
 __all__ = ["FileFacts", "gguf_facts", "onnx_facts"]
@@ -95,6 +95,8 @@ def onnx_facts(path: Path) -> FileFacts:
         len(node.input) for node in _all_nodes(graph) if node.op_type == "Concat" and BY_EXPERT in node.output[0]
     ]
     chosen = [_number(node, "k", 1) for node in moe] + list(_chosen(graph, weights))
+    counts_beside_bases, chosen_beside_bases = _beside_bases(graph, weights)
+    counts, chosen = counts + counts_beside_bases, chosen + chosen_beside_bases
     caches = [value for value in graph.input if is_cache_input(value.name)]
     return FileFacts(
         bits_per_weight=_operator_bits(graph, weights),
@@ -119,9 +121,30 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 def _chosen(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto]) -> Iterator[int]:
     """Yields the number of experts of a token where nodes compute them."""
     nodes = [node for node in graph.node if node.output[0].endswith(f".{CHOSEN_LOGITS}")]
-    for count in _inputs(nodes, 1, weights):
-        if not count.external_data:
-            yield int(onnx.numpy_helper.to_array(count).reshape(-1)[0])
+    yield from _last_numbers(nodes, weights)
+
+
+def _beside_bases(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto]) -> tuple[list[int], list[int]]:
+    """The numbers of experts, and of those of a token, in layers of our graphs in which some stand on bases.
+
+    The weights of all experts are made from logits that were scattered where experts were chosen.
+    """
+    makers = {output: node for node in graph.node for output in node.output}
+
+    def behind(nodes: Iterable[onnx.NodeProto], place: int, operator: str) -> list[onnx.NodeProto]:
+        found = (makers.get(node.input[place]) for node in nodes if len(node.input) > place)
+        return [node for node in found if node is not None and node.op_type == operator]
+
+    shaped = behind((node for node in graph.node if node.output[0].endswith(f".{WEIGHTS_OF_ALL}")), 0, "Reshape")
+    choosers = behind(behind(shaped, 0, "ScatterElements"), 1, "TopK")
+    return list(_last_numbers(shaped, weights)), list(_last_numbers(choosers, weights))
+
+
+def _last_numbers(nodes: Iterable[onnx.NodeProto], weights: Mapping[str, onnx.TensorProto]) -> Iterator[int]:
+    """Yields the last number of the constant that is each node's second input."""
+    for constant in _inputs(nodes, 1, weights):
+        if not constant.external_data and math.prod(constant.dims):
+            yield int(onnx.numpy_helper.to_array(constant).reshape(-1)[-1])
 
 
 def _last_dimension(value: onnx.ValueInfoProto) -> int | None:

@@ -123,9 +123,7 @@ def _allowed(
     if kind == "MatMulNBits" and _has_axes(weights.get(_input(node, 1)), 3):
         return _quantized_matrix(node, spec, weights)
     if kind == "GatherBlockQuantized":
-        return {"gather_axis": (0, None), "quantize_axis": (1, -1), "bits": (_row_bits(node, spec, weights), None)} | (
-            _block_size(node, weights, 2, spec.hidden_size)
-        )
+        return _gathered_rows(node, spec, weights)
     if kind == "FusedMatMul":
         return {"alpha": (1.0, None), "transA": (0, None), "transBatchA": (0, None), "transBatchB": (0, None)}
     return {"axis": (-1, None)} if kind == "Softmax" else {}
@@ -201,9 +199,10 @@ def _experts(node: onnx.NodeProto, layer: LayerSpec, weights: Mapping[str, onnx.
     routed = layer.routed
     if routed is None:
         return {"k": (0,)}  # the layer has no experts
+    whole = routed.n_experts if layer.bases is None else len(layer.bases.own)
     allowed = _glu(routed.glu) | {
-        "k": (routed.top_k,),
-        "normalize_routing_weights": _normalization(node, routed),
+        "k": (min(routed.top_k, whole),),
+        "normalize_routing_weights": (1,) if _is_float_beside_bases(node, layer) else _normalization(node, routed),
         "swiglu_fusion": (1, 2),
         "use_sparse_mixer": (0, None),
     }
@@ -216,6 +215,11 @@ def _experts(node: onnx.NodeProto, layer: LayerSpec, weights: Mapping[str, onnx.
         }
         allowed |= _block_size(node, weights, 3, layer.hidden_size)
     return allowed
+
+
+def _is_float_beside_bases(node: onnx.NodeProto, layer: LayerSpec) -> bool:
+    """True for the operator without an input for weights: a node multiplies its outputs by the sum of the weights."""
+    return layer.bases is not None and node.op_type == "MoE"
 
 
 def _normalization(node: onnx.NodeProto, routed: Routed) -> tuple[Any, ...]:
@@ -269,9 +273,21 @@ def _row_lengths(spec: ModelSpec) -> tuple[int, ...]:
     return tuple(dict.fromkeys((spec.hidden_size, *lengths)))
 
 
-def _row_bits(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> int | None:
+def _gathered_rows(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> AllowedValues:
+    """The right values for rows of the embedding, or of the adapters of experts, whose rows have several lengths."""
     codes = weights.get(_input(node, 0))
-    return None if codes is None or not codes.dims else 8 * codes.dims[-1] // spec.hidden_size
+    allowed: AllowedValues = {"gather_axis": (0, None), "quantize_axis": (1, -1)}
+    if codes is None or not codes.dims:
+        return allowed | {"bits": (None,)} | _block_size(node, weights, 2, spec.hidden_size)
+    length = spec.hidden_size
+    if _has_axes(codes, _ADAPTER_AXES):
+        allowed["quantize_axis"] = (_ADAPTER_AXES - 1, -1)
+        bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), 4)
+        length = next((each for each in _row_lengths(spec) if each * bits == 8 * codes.dims[-1]), length)
+    return allowed | {"bits": (8 * codes.dims[-1] // length, None)} | _block_size(node, weights, 2, length)
+
+
+_ADAPTER_AXES = 3
 
 
 def _block_size(

@@ -29,6 +29,7 @@ from compressors.model.files.onnx_names import (
     ROUTER_FACTOR,
     ROUTING,
 )
+from validate.files.shared_base_settings import attributes_beside_bases, constants_of_bases
 
 __all__ = ["PRODUCER", "AllowedValues", "own_attributes", "own_constant_symptoms"]
 
@@ -81,6 +82,7 @@ _SHARED = ("shared", "shared.ungated")
 _CONSTANTS: Mapping[str, Any] = {
     "zero": 0,
     "one": 1,
+    "bases.nothing": 0,
     "axis.0": [0],
     "axis.1": [1],
     "axis.2": [2],
@@ -118,7 +120,7 @@ def own_attributes(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
     if output == "mask.shape":
         allowed |= {"start": (0, None), "end": (None,)}
     of_mixers = _of_latent_attention(node, spec) | _of_convolution(node, spec) | _of_state(node, spec)
-    return allowed | _of_our_routing(node) | of_mixers
+    return allowed | _of_our_routing(node) | of_mixers | attributes_beside_bases(node)
 
 
 def _of_latent_attention(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
@@ -301,7 +303,7 @@ def _constants_of_glu(layer: LayerSpec) -> dict[str, Any]:
     limits = {} if glu.limit is None else {"glu.low": -glu.limit, "glu.high": glu.limit}
     shared = None if layer.routed is None else layer.routed.shared
     halves = {} if shared is None else {f"split.{name}.gate_up.parts": [shared.width] * 2 for name in _SHARED}
-    return limits | halves | {"glu.alpha": glu.alpha, "glu.offset": glu.offset}
+    return limits | halves | constants_of_bases(layer) | {"glu.alpha": glu.alpha, "glu.offset": glu.offset}
 
 
 def _constants_of_routing(layer: LayerSpec) -> dict[str, Any]:

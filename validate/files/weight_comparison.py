@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.description.roles import Role
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.description.spec import Place
 from compressors.model.description.tensors import Kind, TensorSpec
 from compressors.model.sources.student import Student
@@ -130,7 +131,7 @@ def _units(expected: Student, found: Student, tensor: TensorSpec, layer: int | N
     role = tensor.role
     if layer is not None and expected.spec.tensor(role, layer).is_per_expert:
         for expert in range(expected.spec.blocks[layer].n_experts):
-            values = (expected.expert(role, layer, expert).float(), found.expert(role, layer, expert).float())
+            values = (_expert(expected, role, layer, expert), found.expert(role, layer, expert).float())
             yield Unit(role, layer, expert), [_matrices(*values)]
         return
     wanted, its = expected.tensor(role, layer).float(), found.tensor(role, layer).float()
@@ -143,6 +144,17 @@ def _units(expected: Student, found: Student, tensor: TensorSpec, layer: int | N
         yield from _parts(wanted, its, tensor, expected, layer)
     else:
         yield Unit(role, layer, None), [_matrices(wanted, its)]
+
+
+def _expert(student: Student, role: Role, layer: int, expert: int) -> torch.Tensor:
+    """An expert's matrix in float32; one that stands on a base is not rounded to the student's type, as in files."""
+    bases = student.shared(layer)
+    base = None if bases is None else bases.base_of[expert]
+    if base is None:
+        return student.expert(role, layer, expert).float()
+    a_RI, b_OR = (factor.float().contiguous() for factor in student.adapter(role, layer, expert))
+    product_OI = b_OR @ a_RI
+    return product_OI if base == SharedBases.ZERO else student.base(role, layer, base).float() + product_OI
 
 
 def _parts(wanted: torch.Tensor, its: torch.Tensor, tensor: TensorSpec, student: Student, layer: int | None) -> _Units:

@@ -13,7 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from compressors.model.files.onnx_names import CHOSEN_LOGITS, CHOSEN_WEIGHTS, RESIDUAL_FACTOR
+from compressors.model.files.onnx_names import (
+    CHOSEN_LOGITS,
+    CHOSEN_WEIGHTS,
+    EXPERTS_SUM,
+    OWN_EXPERTS,
+    RESIDUAL_FACTOR,
+    WEIGHTS_OF_ALL,
+)
 from compressors.model.predictions.routing_record import selection_margins
 
 __all__ = ["MoeNode", "TokenRouting", "moe_nodes", "router_graph"]
@@ -22,6 +29,7 @@ _MOE_OPERATORS = ("MoE", "QMoE")
 _ATTENDING_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _STATE_OPERATORS = ("LinearAttention", "GatedDeltaNet")  # a layer with one may have a convolution too
 _CONVOLUTION = "CausalConvWithState"
+_PRODUCTS = ("FusedMatMul", "MatMul", "Gemm", "MatMulNBits")  # of a router
 _ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
 _MIXING_INPUT = 14  # QMoE's input with the gate weights of all experts, if it does not compute them itself
 
@@ -97,7 +105,7 @@ class TokenRouting:
 
 
 def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
-    """The MoE operators of a graph, and the experts that nodes of our graphs compute.
+    """The MoE operators of a graph, and the experts of our graphs that nodes compute, all or some.
 
     Nodes are in the order in which they run: a layer's experts come after its attention, its state or its convolution.
     In our own graphs names tell the layer, which may have none of these.
@@ -108,7 +116,9 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
             layer += 1
         elif node.output[0].endswith(f".{CHOSEN_LOGITS}"):
             yield links.choice_of(node, layer)
-        elif node.op_type in _MOE_OPERATORS:
+        elif node.output[0].endswith(f".{WEIGHTS_OF_ALL}"):
+            yield links.choice_of_all(node, layer)
+        elif node.op_type in _MOE_OPERATORS and f".{OWN_EXPERTS}" not in node.output[0]:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
             if attributes.get("use_sparse_mixer", 0) or not links.mixes_by_softmax(node):
                 continue  # routed by another, unknown rule
@@ -166,15 +176,37 @@ class _Links:
         layer = _layer_of(node, last_mixer)
         return MoeNode(layer, last_mixer + 1, router.input[0], logits, logits, None, 1.0, top_k, True, weights)
 
+    def choice_of_all(self, node: onnx.NodeProto, last_mixer: int) -> MoeNode:
+        """The experts of a layer in which some stand on bases; ``node`` makes the weights of all experts."""
+        logits, layer = node.input[0], _layer_of(node, last_mixer)
+        chooser = self._chooser_behind(logits)
+        top_k = 1 if chooser is None else int(onnx.numpy_helper.to_array(self._constants[chooser.input[1]])[0])
+        scores = self.scores_behind(logits)
+        factor, number = self.factor_of(node.output[0].removesuffix(WEIGHTS_OF_ALL) + EXPERTS_SUM)
+        states = self._states_behind(scores)
+        return MoeNode(layer, last_mixer + 1, states, logits, scores, factor, number, top_k, normalizes=True)
+
+    def _states_behind(self, scores: str) -> str:
+        """The values that a router multiplied by its matrix to make scores."""
+        maker = self._makers[scores]
+        while maker.op_type not in _PRODUCTS:
+            maker = self._makers[next(name for name in maker.input if name in self._makers)]
+        return str(maker.input[0])
+
     def scores_behind(self, logits: str) -> str:
         """The values by which TopK chose experts, if only the chosen ones' logits are scattered over the lowest."""
+        chooser = self._chooser_behind(logits)
+        return logits if chooser is None else str(chooser.input[0])
+
+    def _chooser_behind(self, logits: str) -> onnx.NodeProto | None:
+        """The TopK node that chose the experts whose logits alone are scattered; None: no node did."""
         maker = self._makers.get(logits)
         if maker is not None and maker.op_type == "Reshape":
             maker = self._makers.get(maker.input[0])
         if maker is None or maker.op_type != "ScatterElements":
-            return logits
+            return None
         chooser = self._makers.get(maker.input[1])
-        return chooser.input[0] if chooser is not None and chooser.op_type == "TopK" else logits
+        return chooser if chooser is not None and chooser.op_type == "TopK" else None
 
     def factor_of(self, output: str) -> tuple[str | None, float]:
         """The factors of the experts' output, a value by token and a number, if it is only multiplied.

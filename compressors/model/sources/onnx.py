@@ -198,7 +198,7 @@ class OnnxWeights:
         number, base = bases.replaced.index(expert), bases.base_of[expert]
         a_RI = self._factor(place, Form.INPUTS, number, bases.rank)
         b_RO = self._factor(place, Form.OUTPUTS, number, bases.rank)
-        product_OI = b_RO.T @ a_RI
+        product_OI = b_RO.T.contiguous() @ a_RI
         if base is None or base == SharedBases.ZERO:
             return product_OI
         return self._factor(place, Form.BASE, base, len(product_OI)) + product_OI

@@ -17,7 +17,7 @@ from compressors.model.description.transforms import HeadMatrices
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Form", "OnnxWeight", "Part", "row_lengths", "weights_of", "written_shape"]
+__all__ = ["Form", "OnnxWeight", "Part", "factors_of_layer", "row_lengths", "weights_of", "written_shape"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Form(Enum):
     BASE = "bases"  # [bases, P O, I] for P matrices: gate and up, or one
     INPUTS = "adapter_a"  # A of each expert that stands on a base: [experts, P R, I]
     OUTPUTS = "adapter_b"  # B of each, transposed: [experts, P R, O]
+
+    @property
+    def is_adapter(self) -> bool:
+        """True for the factors of adapters."""
+        return self in (Form.INPUTS, Form.OUTPUTS)
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,11 @@ def _weights_of_layer(layer: LayerSpec, index: int) -> Iterator[OnnxWeight]:
             yield from _factors(tensors, layer, layer.bases, index)
 
 
+def factors_of_layer(layer: LayerSpec, index: int) -> tuple[OnnxWeight, ...]:
+    """The bases of a layer and the adapters of the experts that stand on them; none if there are no such experts."""
+    return tuple(weight for weight in _weights_of_layer(layer, index) if weight.form is not Form.WHOLE)
+
+
 def _own_experts(layer: LayerSpec) -> tuple[int, ...]:
     """The experts whose matrices the file holds whole."""
     return tuple(range(layer.n_experts)) if layer.bases is None else layer.bases.own
@@ -145,9 +155,9 @@ def _copies(tensors: Sequence[TensorSpec], layer: LayerSpec) -> int:
 
 
 def written_shape(tensor: TensorSpec, layer: LayerSpec) -> tuple[int, ...]:
-    """The shape of a tensor of all experts as the file holds it, its copies included: [E, rows, columns]."""
+    """The shape of a tensor of all whole experts as the file holds it, its copies included: [E, rows, columns]."""
     rows, columns = layer.dimensions(tensor)
-    return (layer.n_experts, _copies((tensor,), layer) * rows, columns)
+    return (len(_own_experts(layer)), _copies((tensor,), layer) * rows, columns)
 
 
 def row_lengths(tensor: TensorSpec, layer: LayerSpec) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType, ProductInputs
-from compressors.model.sources.onnx_weights import row_lengths, written_shape
+from compressors.model.sources.onnx_weights import OnnxWeight, factors_of_layer, row_lengths, written_shape
 
 __all__ = ["ENCODINGS", "FLOAT32", "PRESETS", "Encoding", "Preset", "Unit", "adapter_encoding", "check_row_length"]
 __all__ += ["encoding_named", "onnx_units", "preset_named", "unit_encodings"]
@@ -127,21 +127,31 @@ class Unit:
         layer: None for embedding and head.
         weights: shape by role: [rows, columns], or [E, rows, columns] for experts.
         row_lengths: the lengths of rows by role, of all parts that the file holds a tensor in.
+        factors: the bases of experts, which have the encoding, and the adapters, whose encoding depends on it
+            (:func:`adapter_encoding`).
     """
 
     name: str
     layer: int | None
     weights: Mapping[Role, tuple[int, ...]]
     row_lengths: Mapping[Role, tuple[int, ...]]
+    factors: tuple[OnnxWeight, ...] = ()
 
     @property
     def encodings(self) -> Mapping[str, int]:
         """Bytes of the unit by the name of each encoding that fits its rows; exact but for alignment in the file."""
         return {
-            encoding.name: sum(encoding.n_bytes(shape) for shape in self.weights.values())
+            encoding.name: self._n_bytes(encoding)
             for encoding in ENCODINGS.values()
             if all(_fits(encoding, length) for lengths in self.row_lengths.values() for length in lengths)
         }
+
+    def _n_bytes(self, encoding: Encoding) -> int:
+        whole = sum(encoding.n_bytes(shape) for shape in self.weights.values())
+        return whole + sum(
+            (adapter_encoding(encoding) if factor.form.is_adapter else encoding).n_bytes(factor.shape)
+            for factor in self.factors
+        )
 
 
 _OUTSIDE = {Role.TOKEN_EMBEDDING: "embedding", Role.HEAD: "head"}
@@ -169,7 +179,8 @@ def _layer_units(layer: LayerSpec, index: int) -> Iterator[Unit]:
     experts = {tensor.role: written_shape(tensor, layer) for tensor in layer.expert_tensors if tensor.is_quantizable}
     if experts:
         lengths_of_experts = {role: shape[-1:] for role, shape in experts.items()}
-        yield Unit(f"layers.{index}.{_EXPERTS}", index, experts, lengths_of_experts)
+        factors = factors_of_layer(layer, index)
+        yield Unit(f"layers.{index}.{_EXPERTS}", index, experts, lengths_of_experts, factors)
 
 
 def _matrix_name(tensor: TensorSpec) -> str:

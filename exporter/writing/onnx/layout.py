@@ -182,7 +182,7 @@ class _Planner:
     def _encoded(self, weight: OnnxWeight) -> WeightPlan:
         name, roles, layer, shape = weight.name, weight.roles, weight.layer, weight.shape
         encoding = self._encodings.get((roles[0], layer), FLOAT32)  # norms and routers belong to no unit
-        if weight.form in (Form.INPUTS, Form.OUTPUTS):
+        if weight.form.is_adapter:
             encoding = adapter_encoding(encoding)
         further = (weight.part, weight.n_copies, weight.form, weight.numbers)
         if encoding.blocks is None:

@@ -15,7 +15,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.files.integer_blocks import ProductInputs
-from compressors.model.sources.onnx_weights import written_shape
+from compressors.model.sources.onnx_weights import Form, factors_of_layer, written_shape
 from exporter.capabilities.onnx import needs_nodes
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors
 from validate.runtimes.cost import CHUNK_TOKENS
@@ -86,8 +86,10 @@ def _bytes_beside(weight: WeightPlan) -> int:
     if weight.scales is None:
         return 0
     copies = 1
-    if weight.encoding.has_int8_inputs and Role.TOKEN_EMBEDDING not in weight.roles:
-        packs_scales = len(weight.shape) < _EXPERT_AXES or weight.encoding.bits > _SMALLEST_BITS
+    is_gathered = Role.TOKEN_EMBEDDING in weight.roles or weight.form.is_adapter
+    if weight.encoding.has_int8_inputs and not is_gathered:
+        is_of_operator = len(weight.shape) == _EXPERT_AXES and weight.form is Form.WHOLE
+        packs_scales = not is_of_operator or weight.encoding.bits > _SMALLEST_BITS
         copies += 4 if packs_scales else 2
     return copies * weight.scales.n_bytes
 
@@ -110,6 +112,7 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     values += tokens * spec.hidden_size * _LIVE_HIDDEN_STATES
     values += max(_mixer_values(layer, tokens, context) for layer in spec.layers)
     values += tokens * _feed_forward_values(spec)
+    values += max(_values_on_bases(layer, index, tokens) for index, layer in enumerate(spec.written.layers))
     expert = max(_widened_values(layer) for layer in spec.written.layers)
     if expert:
         values += threads * (expert + tokens * spec.hidden_size)  # widened expert, partial sums
@@ -156,6 +159,23 @@ def _feed_forward_values(spec: ModelSpec) -> int:
 
 def _neurons_values(width: int, hidden_size: int) -> int:
     return 3 * width + 2 * hidden_size
+
+
+def _values_on_bases(layer: LayerSpec, index: int, tokens: int) -> int:
+    """Values beside those of the operator, in a layer whose experts stand on bases, while tokens run.
+
+    Each use of a base has its input, the base's products and the sums of neurons, by groups and together, and the
+    base's output. One expert's tokens have inputs, products, neurons and outputs, and sums are copied when it adds to
+    them. Its adapters are widened, or, for one token, those of all chosen experts.
+    """
+    bases, routed = layer.bases, layer.routed
+    if bases is None or routed is None:
+        return 0
+    rows, size, width = routed.input_rows, layer.hidden_size, routed.width
+    uses = tokens * min(bases.n_bases + 1, routed.top_k)
+    adapters = sum(prod(factor.shape[1:]) for factor in factors_of_layer(layer, index) if factor.form.is_adapter)
+    of_uses = uses * (3 * size + 2 * rows + 4 * width)
+    return of_uses + tokens * (4 * size + 4 * rows + 4 * width) + routed.top_k * adapters
 
 
 def _width_beside_experts(layer: LayerSpec) -> int:
