@@ -8,15 +8,6 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.control import Control
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
 from rich.segment import ControlType
 
 from exporter.estimating.durations import format_duration
@@ -40,9 +31,12 @@ class Progress:
         if not self._console.is_terminal:
             yield ProgressLines(what, total, lambda line: self._console.print(line, highlight=False)).advance
             return
-        count: ProgressColumn = DownloadColumn() if what == _BYTES else MofNCompleteColumn()
-        columns = (TextColumn("  {task.description}"), BarColumn(), count, TimeRemainingColumn())
-        with RichProgress(*columns, console=self._console, transient=True) as progress:
+        from rich import progress as rich_progress  # plans import this module too, and show no bar
+
+        count = rich_progress.DownloadColumn() if what == _BYTES else rich_progress.MofNCompleteColumn()
+        description, left = rich_progress.TextColumn("  {task.description}"), rich_progress.TimeRemainingColumn()
+        columns = (description, rich_progress.BarColumn(), count, left)
+        with rich_progress.Progress(*columns, console=self._console, transient=True) as progress:
             task = progress.add_task(what, total=total)
             yield lambda steps: progress.advance(task, steps)
 
