@@ -10,7 +10,8 @@ from compressors.model.files.tokenizer_files import open_tokenizer
 
 __all__ = ["have_enough"]
 
-_PIECE = 1 << 17  # characters that are tokenised together
+_LEAST_PIECE, _LARGEST_PIECE = 1 << 12, 1 << 17  # characters that are tokenised together
+_CHARACTERS_PER_TOKEN = 5  # more than most text has
 _SPARE_TOKENS = 8  # a piece ends anywhere, so its last tokens may be others than those of the whole text
 
 
@@ -35,10 +36,13 @@ def _has(split: TextSplit, tokenizer: TextTokenizer, block_length: int, n_blocks
     if not is_short(split.parts):
         return False
     for part in split.parts:
-        text, n_tokens = part.text, 0
-        for first in range(0, len(text), _PIECE):
-            tokens = tokenizer.encode(text[first : first + _PIECE], add_special_tokens=False, verbose=False)
+        text, n_tokens, first = part.text, 0, 0
+        while first < len(text):
+            n_characters = (n_blocks * block_length - n_tokens) * _CHARACTERS_PER_TOKEN
+            last = first + min(max(n_characters, _LEAST_PIECE), _LARGEST_PIECE)
+            tokens = tokenizer.encode(text[first:last], add_special_tokens=False, verbose=False)
             n_tokens += max(0, len(tokens) - _SPARE_TOKENS)
+            first = last
             if n_tokens // block_length >= n_blocks:
                 return True
         n_blocks -= n_tokens // block_length

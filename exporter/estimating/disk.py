@@ -7,7 +7,9 @@ need of a run is that of its fullest stage. Bytes are upper bounds, apart from a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
 
 from compressors.calibration.sizes import (
     TARGET_BYTES,
@@ -17,6 +19,7 @@ from compressors.calibration.sizes import (
     n_kept_blocks,
 )
 from compressors.calibration.splits import BLOCK_LENGTH
+from compressors.model.description.spec import ModelSpec
 from compressors.model.running.arithmetic import value_bytes
 from exporter import file_names
 from exporter.estimating.estimate import SENSITIVITY_TOKENS
@@ -35,8 +38,11 @@ from exporter.estimating.needs import (
 from exporter.estimating.planned_types import same_numbers
 from exporter.file_names import StageFile
 from exporter.pipeline.order import needless, search_stages, stages_of
-from exporter.planning.compression import changes_experts, runs_text
+from exporter.planning.compression import by_layer, changes_experts, runs_text
 from exporter.planning.plan import Plan
+from exporter.planning.recipe import CompressChoice
+from exporter.searching.ladder import ladder_for
+from exporter.searching.structures import MOST_STRUCTURES, structures_for, whole
 from exporter.stages.table import ALL_STAGES, OF_ALL_FILES
 from exporter.work.stage import Stage
 from validate.runtimes.backend import scored_positions
@@ -181,7 +187,7 @@ def _passing(plan: Plan) -> dict[str, dict[str, int]]:
         # those in use, and the newest snapshot; routing by layer, until it is put together
         "calibrate": _states(plan, 2 * (in_calibration + in_float32)) | dict([_routing(plan, n_heldout)]),
         "sensitivity": _states(plan, 4 * SENSITIVITY_TOKENS // BLOCK_LENGTH * (plan.teacher_spec.n_layers + 2)),
-        "search": {"what the search looks at": _search_bytes(plan)},
+        "search": _search(plan),
         "compress": _states(plan, 2 * in_calibration if runs else 0),
         "validate_torch": measuring,
         "validate_written": measuring,
@@ -248,6 +254,49 @@ def _choosing_codes(plan: Plan, artifact: str) -> dict[str, int]:
     return {"layer inputs of the student, while codes are chosen": inputs} | states
 
 
-def _search_bytes(plan: Plan) -> int:
-    """Bytes of the largest file while it is measured, and of a smaller structure's experts, as built and as trained."""
-    return max(prediction.file for prediction in plan.predictions.values()) + 2 * plan.open_source().n_bytes
+def _search(plan: Plan) -> dict[str, int]:
+    """The largest file while it is measured, and the largest of the smaller structures, one of which lies there."""
+    if plan.search is None:
+        return {}
+    original = whole(plan.teacher_spec)
+    structures = [choice for choice in structures_for(plan.search, plan.teacher_spec) if choice != original]
+    tried = [_as_tried(plan, choice) for choice in _largest(structures, plan)]
+    n_sensitivities = min(len(structures), MOST_STRUCTURES * len(plan.recipe.artifacts))
+    lines = Counter({"sensitivities": n_sensitivities * sensitivity_bytes(plan.teacher_spec)})
+    lines["files that the search measures"] = max(prediction.file for prediction in plan.predictions.values())
+    lines["a smaller structure that the search tries"] = max(map(_tried_bytes, tried), default=0)
+    return dict(lines)
+
+
+def _largest(structures: Sequence[CompressChoice], plan: Plan) -> Iterator[CompressChoice]:
+    """Of the structures whose experts change, and of the others, those with the most parameters."""
+    for changed in (True, False):
+        alike = [choice for choice in structures if changes_experts(choice) is changed]
+        if alike:
+            yield max(alike, key=lambda choice: _relative_size(choice, plan.teacher_spec))
+
+
+def _relative_size(choice: CompressChoice, teacher: ModelSpec) -> float:
+    """The experts' parameters in relation to the original's, about; a dense student is smaller than all others."""
+    n_layers = teacher.n_layers - choice.drop_blocks - choice.drop_moe_layers
+    return (
+        n_layers
+        * fmean(by_layer(choice.experts, 1, teacher.n_experts))
+        * fmean(by_layer(choice.width, 1, teacher.expert_width))
+    )
+
+
+def _as_tried(plan: Plan, choice: CompressChoice) -> Plan:
+    """The plan of a run with this structure and the rungs that a search tries on it, which train no file."""
+    rungs, _ = ladder_for(choice, plan)
+    untyped = {"mix": "F32", "tensors": {}}
+    files = {name: plan.recipe.file(name).model_copy(update=untyped) for name in plan.recipe.artifacts}
+    return replace(plan, recipe=plan.recipe.model_copy(update={"compress": choice, "recover": rungs, **files}))
+
+
+def _tried_bytes(plan: Plan) -> int:
+    """A structure's experts, statistics and what it was taught, with what lies there while it is trained."""
+    statistics = statistics_bytes(plan.student_spec) if changes_experts(plan.recipe.compress) else 0
+    judging = _states(plan, 4 * plan.recipe.text.selection_blocks)
+    training = sum(_training(plan, "recover").values()) + sum(judging.values())
+    return changed_expert_bytes(plan) + statistics + taught_bytes(plan) + training

@@ -17,7 +17,7 @@ from exporter.planning.compression import described_compression, expected_spec
 from exporter.planning.flags import Flags
 from exporter.planning.planner import open_recipe
 from exporter.planning.recipe import CompressChoice, FileChoice, TextChoice
-from exporter.searching.outlook import outlooks, refuse_unless_something_fits
+from exporter.searching.outlook import outlooks_of_all
 from exporter.searching.structures import structures_for, whole
 from exporter.writing.gguf.layout import PlannedTensor, bits_per_weight, plan_tensors
 
@@ -87,10 +87,9 @@ def _row(machine: Machine, budget: int, checkpoint: Source, name: str, context: 
     job = Flags(budget=f"{budget}B", formats="gguf", context=context, kv_type=kv_type).job()
     recipe, structures = open_recipe(job, checkpoint, name, _ANY_TEXT), structures_for(job.search, checkpoint.spec)
     try:
-        refuse_unless_something_fits(recipe, checkpoint, structures, recipe.artifacts)
+        best, *_ = outlooks_of_all(recipe, checkpoint, structures, recipe.artifacts)["gguf"]
     except BudgetError as error:
         return NoFit(machine, str(error))
-    best, *_ = outlooks(recipe, "gguf", checkpoint, structures)
     student, choice = expected_spec(best.compress, checkpoint.spec), best.fitted.choice
     tensors = plan_tensors(student, choice.mix, choice.tensors)
     placement = placed(student, tensors, best.fitted.prediction, machine)

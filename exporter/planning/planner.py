@@ -37,7 +37,7 @@ from exporter.planning.recipe import (
 from exporter.planning.recovery import CALIBRATION_BLOCKS, RefusedRung, check_after_quantizing
 from exporter.planning.resulting_spec import layers_with_experts
 from exporter.searching.ladder import ladder, machine_for
-from exporter.searching.outlook import outlook_of, outlooks, refuse_unless_something_fits
+from exporter.searching.outlook import outlook_of, outlooks_of_all
 from exporter.searching.structures import replacements, structures_for, whole, with_experts
 from exporter.writing.files import sha256_of
 
@@ -147,8 +147,7 @@ def _expected(job: Job, checkpoint: Source, recipe: Recipe) -> _Candidate:
     if job.experts is not None:
         _check_experts(job, checkpoint)
     structures = structures_for(job.search, checkpoint.spec)
-    refuse_unless_something_fits(recipe, checkpoint, structures, recipe.artifacts)
-    found = {artifact: outlooks(recipe, artifact, checkpoint, structures) for artifact in recipe.artifacts}
+    found = outlooks_of_all(recipe, checkpoint, structures, recipe.artifacts)
     worst_served = max(found, key=lambda artifact: found[artifact][0].divergence)
     known = {(artifact, outlook.compress): outlook for artifact in found for outlook in found[artifact]}
     for choice in [outlook.compress for outlook in found[worst_served]]:

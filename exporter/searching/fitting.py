@@ -51,15 +51,20 @@ def fit(untyped: UntypedFile, table: TypeTable, *, seconds: float | None = None)
 
 
 def _fitted(untyped: UntypedFile, table: TypeTable, nats_per_second: float) -> Fitted | None:
+    files: dict[tuple[str, ...], tuple[FileChoice, Prediction]] = {}
+
     def counted(choices: Mapping[str, str]) -> int:
-        return untyped.counted(untyped.file(choices, table.units))
+        choice = untyped.file(choices, table.units)
+        prediction = untyped.prediction(choice)
+        files[tuple(choices.values())] = choice, prediction
+        return prediction.counted(untyped.budget.kind)
 
     try:
         allocation = allocate_file(table, untyped.budget.bytes, counted, nats_per_second=nats_per_second)
     except InputError:
         return None
-    choice = untyped.file(allocation.choices, table.units)
-    return Fitted(choice, allocation, untyped.prediction(choice))
+    choice, prediction = files[tuple(allocation.choices.values())]
+    return Fitted(choice, allocation, prediction)
 
 
 def smallest(untyped: UntypedFile, units: Sequence[UnitPlan]) -> int:

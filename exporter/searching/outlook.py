@@ -26,6 +26,7 @@ __all__ = [
     "best_fit",
     "outlook_of",
     "outlooks",
+    "outlooks_of_all",
     "refuse_unless_something_fits",
     "untyped_file_of",
 ]
@@ -48,7 +49,27 @@ class Outlook:
     divergence: float  # from the original, nats: a guess
 
 
-def outlooks(recipe: Recipe, artifact: str, checkpoint: Source, structures: Sequence[CompressChoice]) -> list[Outlook]:
+def outlooks_of_all(
+    recipe: Recipe, checkpoint: Source, structures: Sequence[CompressChoice], artifacts: Sequence[str]
+) -> dict[str, list[Outlook]]:
+    """The structures that fit for each artifact, the most promising first; there is at least one.
+
+    Raises:
+        BudgetError, UnsupportedError: as in :func:`refuse_unless_something_fits`.
+    """
+    first = {artifact: outlook_of(recipe, artifact, checkpoint, structures[0]) for artifact in artifacts}
+    if None in first.values():
+        refuse_unless_something_fits(recipe, checkpoint, structures, artifacts)
+    return {artifact: outlooks(recipe, artifact, checkpoint, structures, first[artifact]) for artifact in artifacts}
+
+
+def outlooks(
+    recipe: Recipe,
+    artifact: str,
+    checkpoint: Source,
+    structures: Sequence[CompressChoice],
+    known: Outlook | None = None,
+) -> list[Outlook]:
     """The structures that fit, the most promising first.
 
     Structures smaller than the original are left out where the original is good enough.
@@ -58,10 +79,13 @@ def outlooks(recipe: Recipe, artifact: str, checkpoint: Source, structures: Sequ
         artifact: gguf or onnx.
         checkpoint: the original.
         structures: structures to choose from; the original, if it is one of them, is the first.
+        known: the outlook of one of them, if it was looked at before.
     """
     found: list[Outlook] = []
     for choice in structures:
-        if (outlook := outlook_of(recipe, artifact, checkpoint, choice)) is not None:
+        is_known = known is not None and known.compress == choice
+        outlook = known if is_known else outlook_of(recipe, artifact, checkpoint, choice)
+        if outlook is not None:
             found.append(outlook)
             if choice == whole(checkpoint.spec) and outlook.divergence <= STRUCTURES_FROM:
                 break

@@ -26,14 +26,12 @@ from exporter.searching.outlook import (
     untyped_file_of,
 )
 from exporter.searching.speed import most_seconds
-from exporter.searching.structures import structures_for, whole
+from exporter.searching.structures import MOST_STRUCTURES, structures_for, whole
 from exporter.searching.trial import Trial
 from exporter.searching.units import fitting_mixes, units_of
 from exporter.work.stage import StageContext
 
 __all__ = ["Candidate", "Search"]
-
-_MOST_STRUCTURES = 2  # structures smaller than the original that are built
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,9 @@ class Search:
             self._calibrate(found)
         if not found or found[0].expected > STRUCTURES_FROM:
             likely = outlooks(self._recipe, artifact, self._source, smaller)
-            built = [self._option(artifact, outlook.compress) for outlook in likely[:_MOST_STRUCTURES]]
-            tried = sorted((option for option in built if option is not None), key=_expected)
+            # the most promising one last: it lies there when the best of them is measured
+            built = [self._option(artifact, outlook.compress) for outlook in reversed(likely[:MOST_STRUCTURES])]
+            tried = sorted((option for option in reversed(built) if option is not None), key=_expected)
             if self._n_measured > 1:
                 tried[:1] = [self._measured(option) for option in tried[:1]]
             found += tried
@@ -148,7 +147,7 @@ class Search:
         def units(student: Student) -> tuple[UnitPlan, ...]:
             return units_of(untyped, self._source.storage_type, student.stored_types)
 
-        trial, name = self._trial(choice), f"{artifact}-{untyped.choice.quantizer}"
+        trial, name = self._alone(self._trial(choice)), f"{artifact}-{untyped.choice.quantizer}"
         fitted = best_fit(untyped, trial.table(units, name), most_seconds(untyped, self._wishes.prefer))
         if fitted is None:
             return None
@@ -157,7 +156,8 @@ class Search:
 
     def _measured(self, option: _Option) -> _Option:
         """Returns the option with its measured divergence."""
-        return replace(option, measured=measured_divergence(option.trial, option.artifact, option.fitted.choice))
+        trial = self._alone(option.trial)
+        return replace(option, measured=measured_divergence(trial, option.artifact, option.fitted.choice))
 
     def _calibrate(self, found: Sequence[_Option]) -> None:
         """Fits the divergence model to the measured options, for later predictions."""
@@ -174,6 +174,17 @@ class Search:
             number = 0 if choice == whole(self._source.spec) else 1 + self._structures.index(choice)
             self._trials[choice] = Trial.of(self._context, choice, number)
         return self._trials[choice]
+
+    def _alone(self, trial: Trial) -> Trial:
+        """Returns the trial, after removing the students of the others, of which each takes as much disk as a model.
+
+        A student that is needed again is built again, the same one.
+        """
+        if not trial.is_original:
+            for other in self._trials.values():
+                if other is not trial and not other.is_original:
+                    other.remove()
+        return trial
 
     def _baselines(self, artifact: str, n_measured: int) -> Iterator[Candidate]:
         """The largest of the named mixes that fit, with all experts and the kernels' codes."""

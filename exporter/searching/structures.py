@@ -19,7 +19,10 @@ from exporter.planning.plan import Search
 from exporter.planning.recipe import CompressChoice
 from exporter.planning.resulting_spec import layers_with_experts
 
-__all__ = ["expected_loss", "replacements", "replacing", "structures_for", "whole", "with_experts"]
+__all__ = ["MOST_STRUCTURES", "expected_loss", "replacements", "replacing", "structures_for", "whole", "with_experts"]
+
+MOST_STRUCTURES = 2
+"""The most structures smaller than the original that are built for an artifact."""
 
 _METHOD = "reap"
 _EIGHTHS = range(7, 0, -1)  # eighths of the experts, or of their width, that may be left

@@ -49,7 +49,7 @@ class Trial:
     compress: CompressChoice
 
     @property
-    def _is_original(self) -> bool:
+    def is_original(self) -> bool:
         """True if nothing is changed; everything is then known."""
         return self.compress == whole(self.context.plan.teacher_spec)
 
@@ -67,7 +67,7 @@ class Trial:
         work = self.context.work
         if not work.stage("compress").exists():
             self.context.run_inside(COMPRESS, self.context.plan, work)
-        if not self._is_original and not work.stage("recover").exists():
+        if not self.is_original and not work.stage("recover").exists():
             self._teach()
         return open_student(self.context.plan, work)
 
@@ -85,7 +85,7 @@ class Trial:
 
     def divergence(self) -> float:
         """The divergence from the original on the selection split, unquantized: nats."""
-        return 0.0 if self._is_original else self._remembered("divergence", lambda: self.judged(self.student()))
+        return 0.0 if self.is_original else self._remembered("divergence", lambda: self.judged(self.student()))
 
     def judged(self, student: Student) -> float:
         """The divergence of a student of this structure on the selection split: nats."""
@@ -119,7 +119,7 @@ class Trial:
 
     def _sensitivities(self, student: Student) -> Sensitivities:
         tied = student.spec.tied_embeddings
-        if self._is_original:
+        if self.is_original:
             return Sensitivities(self.context.work.path("sensitivity", SENSITIVITIES), tied)
         folder = self.context.output / "sensitivity"
         if not folder.exists():

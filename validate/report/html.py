@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import yaml
 
 from validate.metrics.bootstrap import CONFIDENCE
@@ -16,6 +15,9 @@ from validate.report.domains import domain_table
 from validate.report.facts import Report, find
 from validate.report.floors import FLOOR_SENTENCE, floor_table
 from validate.report.statistics import statistics_table
+
+if TYPE_CHECKING:
+    import jinja2
 
 __all__ = ["environment", "render_html"]
 
@@ -43,6 +45,8 @@ def render_html(report: Report) -> str:
 
 def environment() -> jinja2.Environment:
     """Returns the templates, which escape text and refuse unknown names."""
+    import jinja2  # a twentieth of a second, which plans do not need
+
     return jinja2.Environment(
         loader=jinja2.PackageLoader("validate.report"),
         autoescape=True,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from validate.report import facts, numbers, run, use
@@ -32,6 +31,8 @@ def render_model_card(report: Report) -> str:
     Returns:
         Markdown. Equal reports give equal text.
     """
+    import jinja2  # a twentieth of a second, which plans do not need
+
     environment = jinja2.Environment(  # markdown, not HTML: nothing to escape but the separators of tables
         loader=jinja2.PackageLoader("validate.report"),
         undefined=jinja2.StrictUndefined,

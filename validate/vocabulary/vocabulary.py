@@ -7,6 +7,8 @@ often made larger than the vocabulary so that its size is a round number, and so
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -129,13 +131,15 @@ class GgufVocabulary:
     @property
     def end_tokens(self) -> frozenset[int]:
         """All tokens at which llama.cpp ends a text: those that the file names, and those known by their text."""
-        return frozenset(token for token in range(len(self)) if api.llama_vocab_is_eog(self._vocabulary, token))
+        tokens = range(len(self))
+        return frozenset(compress(tokens, map(partial(api.llama_vocab_is_eog, self._vocabulary), tokens)))
 
     @property
     def marks(self) -> frozenset[str]:
         """The texts of the tokens that llama.cpp takes for special and looks for before it cuts a text."""
         kinds = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_USER_DEFINED | api.LLAMA_TOKEN_ATTR_UNKNOWN
-        found = (token for token in range(len(self)) if api.llama_vocab_get_attr(self._vocabulary, token) & kinds)
+        attributes = map(partial(api.llama_vocab_get_attr, self._vocabulary), range(len(self)))
+        found = (token for token, attribute in enumerate(attributes) if attribute & kinds)
         return frozenset(text for token in found if (text := self.text(token)) is not None)
 
     def encode(

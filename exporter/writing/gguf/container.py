@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, GGUFValueType
 
@@ -32,6 +33,9 @@ __all__ = [
     "uint32",
     "value_of",
 ]
+
+
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,10 @@ def string(text: str) -> Value:
 
 def string_array(texts: Sequence[str]) -> Value:
     """A list of texts."""
-    return Value(_array_prefix(GGUFValueType.STRING, len(texts)) + b"".join(map(_encoded_string, texts)))
+    encoded = [text.encode("utf-8") for text in texts]
+    lengths = map(_LENGTH.pack, map(len, encoded))
+    parts = chain.from_iterable(zip(lengths, encoded, strict=True))
+    return Value(_array_prefix(GGUFValueType.STRING, len(texts)) + b"".join(parts))
 
 
 def int32_array(numbers: Sequence[int]) -> Value:
@@ -136,7 +143,7 @@ def render_header(n_values: int, values: bytes, tensors: Iterable[TensorEntry]) 
 
 def _encoded_string(text: str) -> bytes:
     encoded = text.encode("utf-8")
-    return struct.pack("<Q", len(encoded)) + encoded
+    return _LENGTH.pack(len(encoded)) + encoded
 
 
 def _array_prefix(item_type: GGUFValueType, length: int) -> bytes:

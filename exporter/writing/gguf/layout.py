@@ -94,6 +94,11 @@ def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
         InputError: there is no such mix, tensor or type, or a tensor cannot be of the type given for it.
         UnsupportedError: llama.cpp cannot represent the model.
     """
+    return _with_types(_in_mix(spec, mix), types or {})
+
+
+def _in_mix(spec: ModelSpec, mix: str) -> list[PlannedTensor]:
+    """The tensors in the types of a mix."""
     named = mix_named(mix)
     refuse_unless_held(spec, Container.GGUF)
     written = spec.written
@@ -104,11 +109,11 @@ def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
     for index, layer in enumerate(written.blocks):
         tensors += [tensor for described in layer.tensors for tensor in _parts(described, index, spec)]
     chosen = mixed_types(named, {tensor.name: tensor.shape for tensor in tensors}, MixedModel.of(spec))
-    in_mix = [replace(tensor, ggml_type=chosen[tensor.name]) if tensor.is_matrix else tensor for tensor in tensors]
-    return _with_types(in_mix, types or {})
+    return [replace(tensor, ggml_type=chosen[tensor.name]) if tensor.is_matrix else tensor for tensor in tensors]
 
 
 _F32 = GGMLQuantizationType.F32
+_QUANTIZABLE = {ggml_type.name: ggml_type for ggml_type in sorted(QUANTIZABLE_TYPES)}
 
 
 def _parts(described: TensorSpec, layer: int | None, spec: ModelSpec) -> Iterator[PlannedTensor]:
@@ -138,10 +143,10 @@ def _with_types(tensors: Sequence[PlannedTensor], types: Mapping[str, str]) -> t
 
 
 def _checked_type(tensor: PlannedTensor, type_name: str) -> GGMLQuantizationType:
-    known = {ggml_type.name: ggml_type for ggml_type in sorted(QUANTIZABLE_TYPES)}
-    ggml_type = known.get(type_name)
+    ggml_type = _QUANTIZABLE.get(type_name)
     if ggml_type is None:
-        raise InputError(f"{tensor.name}: there is no type {shown(type_name)}; choose one of {', '.join(known)}")
+        types = ", ".join(_QUANTIZABLE)
+        raise InputError(f"{tensor.name}: there is no type {shown(type_name)}; choose one of {types}")
     if not tensor.is_matrix and ggml_type is not GGMLQuantizationType.F32:
         raise InputError(f"{tensor.name} cannot be {type_name}: routers and norms are F32, which costs next to nothing")
     block_length = BLOCK_SIZES[ggml_type][0]
@@ -173,8 +178,9 @@ def quantization(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
     type that llama.cpp has for the type of most weights. (For a file without a file type, llama.cpp takes the type of
     most tensors; as norms are tensors, that is often F32.)
     """
-    tensors = plan_tensors(spec, mix, types)
-    if tensors == plan_tensors(spec, mix):
+    in_mix = _in_mix(spec, mix)
+    tensors = _with_types(in_mix, types or {})
+    if tensors == tuple(in_mix):
         named = mix_named(mix)
         return Quantization(named.name, named.file_type)
     weights: Counter[GGMLQuantizationType] = Counter()

@@ -282,6 +282,18 @@ def test_layer_inputs_lie_there_while_codes_are_chosen(plan: Plan) -> None:
     assert {stage for stage, lines in by_stage.items() if lines.get(of_the_student) == inputs} == {"gguf"}
 
 
+def test_a_search_needs_one_structure_and_one_file_at_a_time(plan: Plan) -> None:
+    searched = replace(_with_types(plan, "Q8_0", "Q4_0"), search=Search("slim", None, "moe", "none", "quality", 1))
+    spec, lines = plan.teacher_spec, disk_by_stage(searched)["search"]
+    assert lines["files that the search measures"] == max(entry.file for entry in plan.predictions.values())
+    experts = 2 * 32 * 3 * spec.hidden_size * (spec.expert_width - 64) * 2  # the widest that is narrower, in 16 bits
+    beside = lines["a smaller structure that the search tries"] - experts
+    assert 0 < beside < lines["statistics"] + 4 * 4 * 512 * spec.hidden_size + 1
+    pruned = replace(searched, search=Search("reap", None, "moe", "none", "quality", 1))
+    judging = 4 * 4 * 512 * spec.hidden_size
+    assert disk_by_stage(pruned)["search"]["a smaller structure that the search tries"] == judging, "no expert changes"
+
+
 def test_training_needs_its_snapshots_and_what_it_taught(plan: Plan) -> None:
     spec, by_stage = plan.student_spec, disk_by_stage(plan)
     routers, inputs = 2 * 12 * spec.hidden_size * 4, 3 * 8 * 512 * spec.hidden_size * 4

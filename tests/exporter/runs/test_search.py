@@ -16,12 +16,14 @@ import pytest
 
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
+from exporter.estimating.disk import disk_by_stage
 from exporter.planning.job import Flags
 from exporter.planning.recipe import recipe_yaml
 from exporter.progress.views import PlainLines
 from exporter.publishing.result import final_recipe
 from exporter.run import run_job
 from exporter.searching import units
+from exporter.searching.trial import Trial
 from exporter.stages.search import search
 from exporter.stages.table import GGUF
 from exporter.work.directory import WorkDirectory
@@ -41,6 +43,13 @@ _TYPES = [ggml_type for ggml_type in units.ALLOCATED_TYPES if not ggml_type.name
 """Without those whose tables take ggml's library most of the test's time; nor are the IQ1 types the last resort."""
 
 
+def _look(trial: Trial) -> Look:
+    whole = trial.context.work.stage("calibrate").parent
+    built = sorted({path.parent.name for path in whole.rglob("trial-*/compress") if path.is_dir()})
+    n_bytes = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    return Look(built, n_bytes, sum(disk_by_stage(trial.context.plan)["search"].values()))
+
+
 @dataclass(frozen=True)
 class Searched:
     """A finished run."""
@@ -49,6 +58,16 @@ class Searched:
     said: str
     reports: dict[str, dict[str, Any]]
     model: Path
+    looks: list[Look]
+
+
+@dataclass(frozen=True)
+class Look:
+    """The disk at a moment of the search."""
+
+    built: list[str]  # folders of the structures, except the original, whose student lies there
+    n_bytes: int  # in the work folder
+    announced: int  # for the search
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +103,26 @@ def searched(
     inputs = [str(few_experts), "--calibration", str(calibration), "--text", str(heldout)]
     choices = ["--budget", ",".join(_BUDGETS), "--budget-kind", "file", "--formats", "gguf", "--context", "512"]
     limits = ["--threads", "1", "--recover-time", "3s"]
+    looks: list[Look] = []
+    build, judge = Trial.student, Trial.judged
+
+    def student(trial: Trial) -> Student:
+        built = build(trial)
+        looks.append(_look(trial))
+        return built
+
+    def judged(trial: Trial, student: Student) -> float:
+        looks.append(_look(trial))  # the file that is measured lies there too
+        return judge(trial, student)
+
     effort = mock.patch.object(search, "n_measured_files", lambda context: _MEASURED)
+    watching = mock.patch.multiple(Trial, student=student, judged=judged)
     types = mock.patch.multiple(units, ALLOCATED_TYPES=_TYPES, LAST_RESORT={"Q2_0"})
-    with effort, types, stages_in_this_process():
+    with effort, types, watching, stages_in_this_process():
         result = run_command([sys.executable, "-m", "exporter", *inputs, *choices, *limits, "--out", str(out)])
     assert result.returncode in (0, 4), result.stderr
     reports = {name: json.loads((out / name / "report.json").read_text(encoding="utf-8")) for name in _BUDGETS}
-    return Searched(out, result.stderr, reports, few_experts)
+    return Searched(out, result.stderr, reports, few_experts, looks)
 
 
 def test_each_budget_has_an_output_of_its_own_that_fits(searched: Searched) -> None:
@@ -123,6 +155,12 @@ def test_the_lowest_measured_divergence_is_chosen_and_no_mix_beats_it(searched: 
     baselines = [row for row in searched.reports[_LARGE]["search"] if row["is_baseline"]]
     assert baselines, "mixes that fit were measured"
     assert not any(row["is_chosen"] for row in baselines)
+
+
+def test_one_structure_lies_on_the_disk_at_a_time_and_no_more_than_was_announced(searched: Searched) -> None:
+    assert len({name for look in searched.looks for name in look.built}) > 1, "several were built"
+    assert max(len(look.built) for look in searched.looks) == 1
+    assert all(look.n_bytes < look.announced + 2**20 for look in searched.looks)
 
 
 class _Enough(Exception):

@@ -127,7 +127,10 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, path: Path) -> tuple[
     tokens = [
         known[token_id] if token_id in known else _padding_text(token_id, texts) for token_id in range(vocab_size)
     ]
-    types = [_token_type(token_id, known, added) for token_id in range(vocab_size)]
+    normal, unused = int(TokenType.NORMAL), int(TokenType.UNUSED)
+    types = [normal if token_id in known else unused for token_id in range(vocab_size)]
+    for token_id, entry in added.items():
+        types[token_id] = int(_added_token_type(entry))
     return tokens, types
 
 
@@ -137,12 +140,6 @@ def _padding_text(token_id: int, texts: set[str]) -> str:
     while text in texts:
         text = f"[{text}]"
     return text
-
-
-def _token_type(token_id: int, known: Mapping[int, str], added: Mapping[int, Mapping[str, Any]]) -> int:
-    if token_id not in known:
-        return int(TokenType.UNUSED)
-    return int(_added_token_type(added[token_id]) if token_id in added else TokenType.NORMAL)
 
 
 def _added_token_type(entry: Mapping[str, Any]) -> TokenType:
