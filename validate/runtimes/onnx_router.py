@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from compressors.model.files.onnx_names import CHOSEN_LOGITS, CHOSEN_WEIGHTS, RESIDUAL_FACTOR
+from compressors.model.files.onnx_names import CHOSEN_LOGITS, CHOSEN_WEIGHTS, EXPERTS_INPUT, RESIDUAL_FACTOR
 from compressors.model.predictions.routing_record import selection_margins
 
 __all__ = ["MoeNode", "TokenRouting", "moe_nodes", "router_graph"]
@@ -114,7 +114,7 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
                 continue  # routed by another, unknown rule
             # absent attributes have the operators' defaults
             normalizes = bool(attributes.get("normalize_routing_weights", 0))
-            states, logits = node.input[0], node.input[_ROUTER_INPUT]
+            states, logits = links.states_of(node.input[0]), node.input[_ROUTER_INPUT]
             factor, number = links.factor_of(node.output[0])
             scores = links.scores_behind(logits)
             index, top_k = _layer_of(node, layer), attributes.get("k", 1)
@@ -165,6 +165,10 @@ class _Links:
         weights = node.output[0].removesuffix(CHOSEN_LOGITS) + CHOSEN_WEIGHTS
         layer = _layer_of(node, last_mixer)
         return MoeNode(layer, last_mixer + 1, router.input[0], logits, logits, None, 1.0, top_k, True, weights)
+
+    def states_of(self, inputs: str) -> str:
+        """The values that the router reads: the experts' inputs, or those that a matrix makes them of."""
+        return self._makers[inputs].input[0] if inputs.endswith(f".{EXPERTS_INPUT}") else inputs
 
     def scores_behind(self, logits: str) -> str:
         """The values by which TopK chose experts, if only the chosen ones' logits are scattered over the lowest."""
