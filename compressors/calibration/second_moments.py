@@ -270,8 +270,8 @@ def _without_experts(student: Student, index: int) -> LayerWeights:
     layer = student.spec.layers[index]
     zero = torch.zeros(1, 1, 1, dtype=student.expert_dtype)
     return LayerWeights(
-        zero.expand(layer.n_experts, layer.expert_input_rows, layer.hidden_size),
-        zero.expand(layer.n_experts, layer.hidden_size, layer.expert_width),
+        zero.expand(layer.n_experts, layer.expert_input_rows, layer.expert_size),
+        zero.expand(layer.n_experts, layer.expert_size, layer.expert_width),
         {tensor.role: student.tensor(tensor.role, index) for tensor in layer.shared_tensors},
     )
 

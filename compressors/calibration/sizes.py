@@ -79,8 +79,8 @@ def sum_sizes(layer: LayerSpec) -> dict[str, tuple[int, ...]]:
     return {
         **dict.fromkeys(("n_tokens", "moe_cosine_sum", "block_cosine_sum"), ()),
         **dict.fromkeys(by_expert, (n_experts,)),
-        "output_sum_ED": (n_experts, layer.hidden_size),
-        "gate_up_input_square_ED": (n_experts, layer.hidden_size),
+        "output_sum_ED": (n_experts, layer.expert_size),
+        "gate_up_input_square_ED": (n_experts, layer.expert_size),
         "down_input_square_EF": (n_experts, layer.expert_width),
         "router_logit_gram_EE": (n_experts, n_experts),
     }

@@ -121,7 +121,7 @@ class Scope:
         """
         if self.n_experts is not None and not 0 <= self.n_experts <= spec.n_experts:
             raise InputError(f"{self.n_experts} experts of each layer cannot be trained: there are {spec.n_experts}")
-        most = min(spec.hidden_size, spec.expert_width)
+        most = min(spec.expert_size, spec.expert_width)
         if self.adapter_rank is not None and not 1 <= self.adapter_rank <= most:
             raise InputError(f"adapters cannot have rank {self.adapter_rank}: it must be from 1 to {most}")
         if self.n_experts != 0 and any(layer.bases is not None for layer in spec.layers):

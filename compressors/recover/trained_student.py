@@ -233,12 +233,12 @@ class TrainedStudent:
                 experts, WholeMatrices(self._parameter(gate_up)), WholeMatrices(self._parameter(down))
             )
         described = self.student.spec.layers[layer]
-        hidden_size, width, n = described.hidden_size, described.expert_width, len(experts)
+        size, width, n = described.expert_size, described.expert_width, len(experts)
         n_parts = len(self._routed(layer).input_roles)
         return TrainedExperts(
             experts,
-            self._adapters((n, n_parts, rank, hidden_size), (n, n_parts, width, rank)),
-            self._adapters((n, 1, rank, width), (n, 1, hidden_size, rank)),
+            self._adapters((n, n_parts, rank, size), (n, n_parts, width, rank)),
+            self._adapters((n, 1, rank, width), (n, 1, size, rank)),
         )
 
     def _adapters(self, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> TrainedMatrices:

@@ -133,7 +133,7 @@ class _GradientSums:
         self.of_matrix = {tensor.role: zeros(layer.dimensions(tensor)[0]) for tensor in matrices}
         self._input_roles = () if layer.routed is None else layer.routed.input_roles
         self._gate_up_E2F = zeros(layer.n_experts, layer.expert_input_rows)
-        self._down_ED = zeros(layer.n_experts, layer.hidden_size)
+        self._down_ED = zeros(layer.n_experts, layer.expert_size)
 
     def of_expert(self, expert: int, gate_up_gradient_n2F: torch.Tensor, down_gradient_nD: torch.Tensor) -> None:
         """Adds the squares of one expert's tokens."""

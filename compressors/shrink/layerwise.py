@@ -172,8 +172,8 @@ class LayerwiseCompression:
         layer = self._before.spec.blocks[index]
         with torch.device("meta"):
             return LayerWeights(
-                torch.empty(layer.n_experts, layer.expert_input_rows, layer.hidden_size),
-                torch.empty(layer.n_experts, layer.hidden_size, layer.expert_width),
+                torch.empty(layer.n_experts, layer.expert_input_rows, layer.expert_size),
+                torch.empty(layer.n_experts, layer.expert_size, layer.expert_width),
                 {
                     tensor.role: torch.empty(layer.dimensions(tensor))
                     for tensor in layer.shared_tensors
@@ -324,7 +324,7 @@ class _MoeInputs:
 
         def see(call: RoutedCall) -> None:
             self._of_experts.append(call.hidden_TD[: self._n_missing].to("cpu", torch.float32, copy=True))
-            if routed.router_has_norm:
+            if not routed.router_reads_the_same:
                 self._of_router.append(call.router_input_TD[: self._n_missing].to("cpu", torch.float32, copy=True))
             self._n_missing -= len(self._of_experts[-1])
 

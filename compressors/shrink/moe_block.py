@@ -71,6 +71,11 @@ class MoeBlock:
         return self.down_EDF.shape[-1]
 
     @property
+    def size(self) -> int:
+        """The number of values that an expert reads, and gives."""
+        return self.down_EDF.shape[1]
+
+    @property
     def n_inputs(self) -> int:
         """The number of matrices that an expert's input is multiplied with: gate and up, or up alone."""
         return 2 if self.glu.is_gated else 1

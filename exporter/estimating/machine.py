@@ -64,8 +64,8 @@ def _multiply_adds_per_second(plan: Plan) -> float:
     """
     spec = plan.teacher_spec
     n_rows = max(1, blocks_at_once(StorageType.F32) * BLOCK_LENGTH * spec.top_k // spec.n_experts)
-    inputs = np.ones((n_rows, spec.hidden_size), dtype=np.float32)
-    weights = np.ones((spec.hidden_size, 2 * spec.expert_width), dtype=np.float32)
+    inputs = np.ones((n_rows, spec.expert_size), dtype=np.float32)
+    weights = np.ones((spec.expert_size, 2 * spec.expert_width), dtype=np.float32)
     offered = int(os.environ.get("OMP_NUM_THREADS") or usable_processors())
     return _per_second(lambda: inputs @ weights) * n_rows * weights.size * plan.recipe.threads / offered
 

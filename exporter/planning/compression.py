@@ -253,7 +253,7 @@ def _largest_edit(choice: CompressChoice, teacher: ModelSpec, n_moe: int) -> int
         return teacher.top_k
     if choice.edit == "mobe":
         return min(by_layer(choice.experts, n_moe, teacher.n_experts))
-    return min(*by_layer(choice.width, n_moe, teacher.expert_width), teacher.hidden_size)
+    return min(*by_layer(choice.width, n_moe, teacher.expert_width), teacher.expert_size)
 
 
 def _out_of_range(field: str, number: int, lowest: int, highest: int) -> str:

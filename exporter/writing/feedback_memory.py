@@ -25,13 +25,13 @@ _ACTIVATIONS = 16  # arrays of the widest input's size in a run of a layer witho
 def _shared_bytes(spec: ModelSpec) -> int:
     """Bytes of experts' inputs and a layer's sums: of one layer, and of the next while the last experts are made."""
     others = max(layer.parameters_beside_experts for layer in spec.layers)
-    return 2 * (2 * KEPT_TOKENS * spec.hidden_size + _sums_bytes(spec)) + 4 * others
+    return 2 * (2 * KEPT_TOKENS * spec.expert_size + _sums_bytes(spec)) + 4 * others
 
 
 def _thread_bytes(spec: ModelSpec) -> int:
     """Bytes of the largest moments while they are factored, with an expert and its rows; or of blocks in attention."""
     width = max(max(_input_widths(layer)) for layer in spec.layers)
-    rows = 4 * ROWS_AT_ONCE * (spec.hidden_size + 3 * spec.expert_width)
+    rows = 4 * ROWS_AT_ONCE * (spec.expert_size + 3 * spec.expert_width)
     expert = 4 * max(layer.expert_parameters for layer in spec.layers) + rows
     factored = 4 * _ARRAYS * max(width, spec.expert_width) ** 2 + expert
     return max(factored, 4 * _ACTIVATIONS * TOKENS_AT_ONCE * width + 2 * _sums_bytes(spec))
@@ -44,4 +44,4 @@ def _sums_bytes(spec: ModelSpec) -> int:
 
 def _input_widths(layer: LayerSpec) -> list[int]:
     """The widths of the inputs of a layer's matrices outside of experts, and of the experts' common input."""
-    return [*input_sizes(layer).values(), layer.hidden_size]
+    return [*input_sizes(layer).values(), layer.expert_size]

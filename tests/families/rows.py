@@ -52,6 +52,17 @@ _LATENT: Mapping[str, Any] = {
     "v_head_dim": 16,
 }
 
+_NEMOTRON: Mapping[str, Any] = {
+    "head_dim": 32,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "n_routed_experts": 8,
+    "moe_shared_expert_intermediate_size": 48,
+    "routed_scaling_factor": 2.5,
+}
+
 _GLM4_MOE: Mapping[str, Any] = {"head_dim": 32, "n_routed_experts": 8}
 
 _YARN: Mapping[str, Any] = {
@@ -322,20 +333,28 @@ ROWS: Mapping[str, Row] = {
     ),
     "nemotron_h": Row(
         sizes={
+            **_NEMOTRON,
             "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "moe"],
-            "head_dim": 32,
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 16,
-            "n_groups": 2,
-            "ssm_state_size": 16,
-            "n_routed_experts": 8,
-            "moe_shared_expert_intermediate_size": 48,
-            "routed_scaling_factor": 2.5,
         },
         on_the_hub={
             "layers_block_type": None,
             "hybrid_override_pattern": "ME*ME",
             "num_hidden_layers": 5,
+            "time_step_limit": [0.0, float("inf")],
+            "n_shared_experts": 1,
+        },
+    ),
+    "nemotron_h with latent experts": Row(
+        sizes={
+            **_NEMOTRON,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "moe_latent_size": 32,
+            "time_step_min": 1e-9,  # no step is below it: transformers alone would raise it
+        },
+        on_the_hub={
+            "layers_block_type": None,
+            "hybrid_override_pattern": "ME*E",
+            "num_hidden_layers": 4,
             "time_step_limit": [0.0, float("inf")],
             "n_shared_experts": 1,
         },

@@ -209,11 +209,11 @@ def _experts(node: onnx.NodeProto, layer: LayerSpec, weights: Mapping[str, onnx.
     if node.op_type == "QMoE" and _has_axes(weights.get(_input(node, 2)), 3):
         codes = weights[_input(node, 2)].dims
         allowed |= {
-            "expert_weight_bits": (8 * codes[-1] // layer.hidden_size, None),
+            "expert_weight_bits": (8 * codes[-1] // layer.expert_size, None),
             "weights_prepacked": (0, -1, None),
             "quant_type": (b"int", None),
         }
-        allowed |= _block_size(node, weights, 3, layer.hidden_size)
+        allowed |= _block_size(node, weights, 3, layer.expert_size)
     return allowed
 
 

@@ -16,6 +16,7 @@ import onnx
 from compressors.model.files.onnx_names import (
     CHOSEN_LOGITS,
     CHOSEN_WEIGHTS,
+    EXPERTS_INPUT,
     EXPERTS_SUM,
     OWN_EXPERTS,
     RESIDUAL_FACTOR,
@@ -124,7 +125,7 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
                 continue  # routed by another, unknown rule
             # absent attributes have the operators' defaults
             normalizes = bool(attributes.get("normalize_routing_weights", 0))
-            states, logits = node.input[0], node.input[_ROUTER_INPUT]
+            states, logits = links.states_of(node.input[0]), node.input[_ROUTER_INPUT]
             factor, number = links.factor_of(node.output[0])
             scores = links.scores_behind(logits)
             index, top_k = _layer_of(node, layer), attributes.get("k", 1)
@@ -192,6 +193,10 @@ class _Links:
         while maker.op_type not in _PRODUCTS:
             maker = self._makers[next(name for name in maker.input if name in self._makers)]
         return str(maker.input[0])
+
+    def states_of(self, inputs: str) -> str:
+        """The values that the router reads: the experts' inputs, or those that a matrix makes them of."""
+        return self._makers[inputs].input[0] if inputs.endswith(f".{EXPERTS_INPUT}") else inputs
 
     def scores_behind(self, logits: str) -> str:
         """The values by which TopK chose experts, if only the chosen ones' logits are scattered over the lowest."""

@@ -66,6 +66,8 @@ class Routed:
         selection_bias: the name in the layer of the vector that is added to the scores for the choice, if there is one.
         expert_scale: the name in the layer of the factors of the weights, one for each expert, if there are some.
         router_has_norm: the router norms the hidden state by itself, so that it reads other values than the experts.
+        latent_size: the number of values that an expert reads and gives, where a matrix makes them of the hidden state,
+            and another one a hidden state of them; None: experts read and give hidden states.
     """
 
     kind: ClassVar[str] = "routed experts"
@@ -82,6 +84,7 @@ class Routed:
     selection_bias: str | None = None
     expert_scale: str | None = None
     router_has_norm: bool = False
+    latent_size: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses vectors that the rule does not use.
@@ -95,6 +98,11 @@ class Routed:
             raise ValueError("the routing has no scale of each expert, but the name of one is given")
 
     @property
+    def router_reads_the_same(self) -> bool:
+        """True if router and experts read the same values."""
+        return not self.router_has_norm and self.latent_size is None
+
+    @property
     def input_roles(self) -> tuple[Role, ...]:
         """The roles of the matrices that an expert's input is multiplied with: gate and up, or up alone."""
         return (Role.EXPERT_GATE, Role.EXPERT_UP) if self.glu.is_gated else (Role.EXPERT_UP,)
@@ -106,8 +114,9 @@ class Routed:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Sizes by letter: E experts, F neurons of each, S neurons of the shared expert."""
-        return {"E": self.n_experts, "F": self.width, "S": 0 if self.shared is None else self.shared.width}
+        """Sizes by letter: E experts, F neurons of each, S neurons of the shared expert, I values that experts read."""
+        of_latent = {} if self.latent_size is None else {"I": self.latent_size}
+        return {"E": self.n_experts, "F": self.width, "S": 0 if self.shared is None else self.shared.width, **of_latent}
 
     @property
     def n_active(self) -> int:
@@ -122,7 +131,8 @@ class Routed:
     def description(self) -> str:
         """The sizes in words."""
         beside = "" if self.shared is None else f", beside {self.shared.description}"
-        return f"{self.n_experts} experts of width {self.width}, {self.top_k} for each token{beside}"
+        of_latent = "" if self.latent_size is None else f" in a space of {self.latent_size} values"
+        return f"{self.n_experts} experts of width {self.width}{of_latent}, {self.top_k} for each token{beside}"
 
 
 @dataclass(frozen=True)

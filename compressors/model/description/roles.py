@@ -56,11 +56,13 @@ class Role(StrEnum):
     ROUTER_BIAS = "router bias"  # [E], part of the logits
     SELECTION_BIAS = "selection bias"  # [E], added to the scores for the choice, and not for the weights
     EXPERT_SCALE = "experts' scales"  # [E], which multiply the weights
-    EXPERT_GATE = "expert gate"  # [F, D] for each expert
-    EXPERT_UP = "expert up"  # [F, D] for each expert
-    EXPERT_DOWN = "expert down"  # [D, F] for each expert
+    EXPERTS_INPUT = "experts' input"  # [I, D], makes what the routed experts read, where that is not the hidden state
+    EXPERT_GATE = "expert gate"  # [F, D] for each expert; in a space of their own [F, I]
+    EXPERT_UP = "expert up"  # [F, D] or [F, I] for each expert
+    EXPERT_DOWN = "expert down"  # [D, F] or [I, F] for each expert
     EXPERT_GATE_UP_BIAS = "experts' gate and up biases"  # [E, 2F]
     EXPERT_DOWN_BIAS = "experts' down biases"  # [E, D]
+    EXPERTS_OUTPUT = "experts' output"  # [D, I], of the sum of the routed experts alone
     EXPERTS_OUTPUT_NORM = "experts' output norm"  # [D], of the sum of the routed experts alone
     SHARED_NORM = "shared expert's norm"  # [D], in front of it, where MOE_NORM is in front of the routed experts alone
     SHARED_ROUTER = "shared expert's router"  # [1, D]
@@ -125,6 +127,8 @@ _FEED_FORWARD_ROLES = _EXPERT_ROLES | {
     Role.EXPERT_SCALE,
     Role.EXPERT_GATE_UP_BIAS,
     Role.EXPERT_DOWN_BIAS,
+    Role.EXPERTS_INPUT,
+    Role.EXPERTS_OUTPUT,
     Role.EXPERTS_OUTPUT_NORM,
     Role.SHARED_NORM,
     Role.SHARED_ROUTER,

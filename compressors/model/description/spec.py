@@ -8,6 +8,7 @@ In the shapes of tensors letters stand for these sizes; each mixer's ``sizes`` h
 
     D  hidden size          V  vocabulary
     E  routed experts       F  neurons of an expert, or of a dense feed-forward     S  neurons of a shared expert
+    I  values that an expert reads and gives, where these are not hidden states
     H  heads                h  values of a head
     Q  values of all queries, and P with their gates             K  values of all keys (and of all values)
     in latent attention:
@@ -112,6 +113,11 @@ class LayerSpec:
     def expert_width(self) -> int:
         """Neurons of each expert; 0 if it has none."""
         return self.moe.expert_width
+
+    @property
+    def expert_size(self) -> int:
+        """Values that an expert reads, and as many that it gives: D, unless experts have a space of their own."""
+        return self.hidden_size if self.routed is None else self.routed.latent_size or self.hidden_size
 
     @property
     def expert_input_rows(self) -> int:
@@ -258,6 +264,11 @@ class ModelSpec:
     def expert_width(self) -> int:
         """The width of the widest experts."""
         return max(layer.expert_width for layer in self.layers)
+
+    @property
+    def expert_size(self) -> int:
+        """The most values that an expert reads, and gives; D if the model has no experts."""
+        return max((layer.expert_size for layer in self.layers if layer.routed is not None), default=self.hidden_size)
 
     @property
     def ropes(self) -> tuple[Rope, ...]:

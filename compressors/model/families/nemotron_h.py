@@ -1,7 +1,8 @@
 """Nemotron-H MoE: blocks of one part each: Mamba-2, attention without positions, or experts without a gate.
 
-A shared expert stands beside the routed ones; both square a ReLU. The steps of Mamba-2's heads have no lower limit, as
-in NVIDIA's code and in llama.cpp; transformers raises them to ``time_step_min``, which counts where a step is below it.
+A shared expert stands beside the routed ones; both square a ReLU. In Nemotron 3 Super the routed ones have a space of
+their own, narrower than the hidden state, between two matrices. The steps of Mamba-2's heads have no lower limit, as in
+NVIDIA's code and in llama.cpp; transformers raises them to ``time_step_min``, which counts where a step is below it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from compressors.model.names import shown
 
 __all__ = ["FAMILY"]
 
+_LATENT_SIZE = "moe_latent_size"  # a setting, and a key in GGUF
+
 _DEFAULTS = {
     "vocab_size": 131072,
     "hidden_size": 4096,
@@ -47,6 +50,7 @@ _DEFAULTS = {
     "n_routed_experts": 8,
     "moe_intermediate_size": 7688,
     "moe_shared_expert_intermediate_size": 7688,
+    _LATENT_SIZE: None,
     "num_experts_per_tok": 2,
     "routed_scaling_factor": 1.0,
     "n_group": 1,
@@ -106,6 +110,26 @@ _EXPERT_TENSORS = (
     *map(_fused, _neurons(Role.EXPERT_UP, Role.EXPERT_DOWN, "experts.{expert}.", "F", "_exps")),
     *_neurons(Role.SHARED_UP, Role.SHARED_DOWN, "shared_experts.", "S", "_shexp"),
 )
+_IN_LATENT = {"D": "I"}
+_LATENT_TENSORS = (
+    TensorSpec(
+        Role.EXPERTS_INPUT,
+        f"{_MIXER}fc1_latent_proj.weight",
+        ("I", "D"),
+        GgufTensor(f"{_GGUF}ffn_latent_down.weight"),
+        shares_input_of=Role.SHARED_UP,
+    ),
+    TensorSpec(
+        Role.EXPERTS_OUTPUT, f"{_MIXER}fc2_latent_proj.weight", ("D", "I"), GgufTensor(f"{_GGUF}ffn_latent_up.weight")
+    ),
+    *(
+        replace(tensor, shape=tuple(_IN_LATENT.get(letter, letter) for letter in tensor.shape))
+        if tensor.is_per_expert
+        else tensor
+        for tensor in _EXPERT_TENSORS
+    ),
+)
+"""The tensors of experts in a space of their own."""
 _DENSE_TENSORS = (_norm(Role.MOE_NORM), *_neurons(Role.DENSE_UP, Role.DENSE_DOWN, "", "F", ""))
 _OUTSIDE = {
     Role.TOKEN_EMBEDDING: ("backbone.embeddings.weight", "model.embeddings.weight"),
@@ -135,8 +159,7 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("mamba_hidden_act", "silu", "swish")
     for key in ("attention_bias", "mlp_bias", "use_bias"):
         settings.require(key, False)
-    for key in ("sliding_window", "moe_latent_size"):
-        settings.require(key, None)
+    settings.require("sliding_window", None)
     settings.refuse_what_no_family_can_do(kinds=_USUAL_KINDS)
     mamba2.refuse_limits_of_steps(settings)
     settings.ignore(*_WITHOUT_EFFECT)
@@ -181,7 +204,9 @@ def _kinds(settings: FamilySettings) -> Sequence[str]:
 
 def _layer(settings: FamilySettings, kind: str) -> LayerSpec:
     if kind == _EXPERTS:
-        return parts.layer(settings, NoMixer(), _experts(settings), _EXPERT_TENSORS)
+        experts = _experts(settings)
+        tensors = _EXPERT_TENSORS if experts.latent_size is None else _LATENT_TENSORS
+        return parts.layer(settings, NoMixer(), experts, tensors)
     if kind == _DENSE:
         dense = Dense(settings.count("intermediate_size"), _GLU)
         return parts.layer(settings, NoMixer(), dense, _DENSE_TENSORS)
@@ -230,6 +255,7 @@ def _experts(settings: FamilySettings) -> Routed:
         shared=Shared(settings.count("moe_shared_expert_intermediate_size")),
         experts_module="mixer.experts",
         block=(LostModule("mixer"),),
+        latent_size=settings.count_or_null(_LATENT_SIZE),
     )
 
 
@@ -264,6 +290,8 @@ def _settings(spec: ModelSpec) -> ConfigValues:
         "vocab_size": spec.vocab_size,
         "layer_norm_epsilon": spec.rms_norm_eps,
     }
+    if routed.latent_size is not None:
+        found[_LATENT_SIZE] = routed.latent_size
     for mixer in dict.fromkeys(layer.mixer for layer in spec.layers if isinstance(layer.mixer, Mamba2)):
         found |= {
             "mamba_num_heads": mixer.n_heads,
@@ -311,6 +339,8 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
         **mamba2.gguf_keys(spec),
         "vocab_size": spec.vocab_size,
     }
+    if routed.latent_size is not None:
+        keys[_LATENT_SIZE] = routed.latent_size
     if routed.routing.n_chosen_groups < routed.routing.n_groups:
         keys |= {
             "expert_group_count": routed.routing.n_groups,
@@ -337,6 +367,7 @@ def _from_gguf(keys: GgufKeys) -> ConfigValues:
         "moe_shared_expert_intermediate_size": keys.count("expert_shared_feed_forward_length"),
         "routed_scaling_factor": keys.number("expert_weights_scale", 1.0),
         "norm_topk_prob": keys.flag("expert_weights_norm", default=False),
+        _LATENT_SIZE: keys.count(_LATENT_SIZE) if _LATENT_SIZE in keys else None,
         "n_group": keys.count("expert_group_count", 1),
         "topk_group": keys.count("expert_group_used_count", 1),
     }

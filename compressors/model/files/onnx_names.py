@@ -13,6 +13,7 @@ __all__ = [
     "CODES",
     "DATA_FILE",
     "EMBEDDING_FACTOR",
+    "EXPERTS_INPUT",
     "EXPERTS_SUM",
     "HEAD_FACTOR",
     "IN_FLOAT32",
@@ -59,6 +60,9 @@ LOGIT_CAP, ROUTER_FACTOR = "logits.cap", "router.factor"
 """The constants of the limit of logits, and of what a router's own norm is multiplied by."""
 ROTARY_COSINE, ROTARY_SINE = "rotary.cosine", "rotary.sine"
 """The tables of all positions."""
+
+EXPERTS_INPUT = "experts.input"
+"""The end of the name of the values that experts read in a space of their own; a matrix makes them of the router's."""
 
 CHOSEN_LOGITS, CHOSEN_WEIGHTS = "chosen.logits", "chosen.weights"
 """The largest logits of each token, and its experts' weights in that order, where nodes compute the experts."""

@@ -87,17 +87,17 @@ class LayerReader:
 
     def _new_buffer(self) -> tuple[torch.Tensor, torch.Tensor]:
         spec, dtype = self._student.spec, self._student.expert_dtype
-        n_gate_up = max(layer.n_experts * layer.expert_input_rows * layer.hidden_size for layer in spec.blocks)
-        n_down = max(layer.n_experts * layer.expert_width * layer.hidden_size for layer in spec.blocks)
+        n_gate_up = max(layer.n_experts * layer.expert_input_rows * layer.expert_size for layer in spec.blocks)
+        n_down = max(layer.n_experts * layer.expert_width * layer.expert_size for layer in spec.blocks)
         return torch.empty(n_gate_up, dtype=dtype), torch.empty(n_down, dtype=dtype)
 
     def _fill(self, buffer: tuple[torch.Tensor, torch.Tensor], index: int) -> LayerWeights:
         student, layer = self._student, self._student.spec.blocks[index]
-        n_experts, width, hidden_size = layer.n_experts, layer.expert_width, layer.hidden_size
+        n_experts, width, size = layer.n_experts, layer.expert_width, layer.expert_size
         rows = layer.expert_input_rows
         weights = LayerWeights(
-            buffer[0][: n_experts * rows * hidden_size].view(n_experts, rows, hidden_size),
-            buffer[1][: n_experts * width * hidden_size].view(n_experts, hidden_size, width),
+            buffer[0][: n_experts * rows * size].view(n_experts, rows, size),
+            buffer[1][: n_experts * width * size].view(n_experts, size, width),
         )
         for tensor in (tensor for tensor in layer.shared_tensors if tensor.kind is not Kind.TABLE):
             weights.others[tensor.role] = student.tensor(tensor.role, index)

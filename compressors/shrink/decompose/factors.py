@@ -78,10 +78,9 @@ def check_rank(rank: int, block: MoeBlock) -> None:
     Raises:
         InputError: the rank is not between 1 and min(D, F).
     """
-    hidden_size = block.router_ED.shape[1]
-    full = min(hidden_size, block.width)
+    full = min(block.size, block.width)
     if not 1 <= rank <= full:
         raise InputError(
-            f"rank {rank} is impossible: experts of width {block.width} at hidden size {hidden_size} "
+            f"rank {rank} is impossible: experts of width {block.width} that read {block.size} values "
             f"have ranks from 1 to {full}"
         )

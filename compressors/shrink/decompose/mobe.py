@@ -80,7 +80,7 @@ class Mobe:
         Raises:
             InputError: there are more bases than experts, or the rank, the steps or the learning rate are out of range.
         """
-        rank = min(block.width, block.router_ED.shape[1]) if self.rank is None else self.rank
+        rank = min(block.width, block.size) if self.rank is None else self.rank
         check_rank(rank, block)
         if not 1 <= self.n_bases <= block.n_experts:
             raise InputError(

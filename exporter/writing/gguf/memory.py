@@ -136,7 +136,7 @@ def _feed_forward_bytes(layer: LayerSpec, tokens: int) -> int:
     if feed_forward is None:
         return 0
     chosen_inner = _FLOAT * tokens * feed_forward.n_active * feed_forward.width
-    chosen_outer = _FLOAT * tokens * feed_forward.n_active * layer.hidden_size
+    chosen_outer = _FLOAT * tokens * feed_forward.n_active * layer.expert_size
     shared = layer.routed.shared if layer.routed is not None else None
     of_shared = 0 if shared is None else _FLOAT * tokens * (3 * shared.width + 2 * layer.hidden_size)
     return max(3 * chosen_inner + chosen_outer, 2 * chosen_outer, of_shared)

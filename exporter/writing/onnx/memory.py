@@ -115,7 +115,7 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     values += max(_values_on_bases(layer, index, tokens) for index, layer in enumerate(spec.written.layers))
     expert = max(_widened_values(layer) for layer in spec.written.layers)
     if expert:
-        values += threads * (expert + tokens * spec.hidden_size)  # widened expert, partial sums
+        values += threads * (expert + tokens * spec.expert_size)  # widened expert, partial sums
     # The embedding is not packed; where it is the head too, the packed copy counts among the weights.
     largest = max(weight.codes.n_bytes for weight in layout.weights if Role.TOKEN_EMBEDDING not in weight.roles)
     return _SESSION_BYTES + max(values * _FLOAT_BYTES, largest)
@@ -151,8 +151,8 @@ def _mixer_values(layer: LayerSpec, tokens: int, context: int) -> int:
 def _feed_forward_values(spec: ModelSpec) -> int:
     """Values of a token in all its experts together: gate, up, product; input and output."""
     experts = [layer.routed for layer in spec.written.layers if layer.routed is not None]
-    sorted_rows = spec.expert_width + spec.hidden_size if any(map(needs_nodes, experts)) else 0  # of nodes
-    routed = spec.top_k * (_neurons_values(spec.expert_width, spec.hidden_size) + sorted_rows)
+    sorted_rows = spec.expert_width + spec.expert_size if any(map(needs_nodes, experts)) else 0  # of nodes
+    routed = spec.top_k * (_neurons_values(spec.expert_width, spec.expert_size) + sorted_rows)
     beside = [_neurons_values(width, spec.hidden_size) for width in map(_width_beside_experts, spec.layers) if width]
     return routed + max(beside, default=0)
 

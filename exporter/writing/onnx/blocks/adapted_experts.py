@@ -84,7 +84,7 @@ class _Experts:
         self._groups = groups
         self._name = name
         self._rank = layer.spec.bases.rank
-        self._size = layer.spec.hidden_size
+        self._size = layer.spec.expert_size
 
     def of_one_token(
         self, states: str, weights: str, total: str, products: Sequence[str], counts: str

@@ -28,7 +28,7 @@ def add_chosen_experts(layer: LayerNodes, routed: Routed, logits: str, normed: s
         layer: takes the nodes.
         routed: the experts.
         logits: the router's, [batch, sequence, E].
-        normed: the experts' input, [batch, sequence, D].
+        normed: the experts' input, [batch, sequence, D], or [batch, sequence, I].
         output: the result's name.
     """
     return _Experts(layer, routed, f"{layer.prefix}experts").add(logits, normed, output)
@@ -49,7 +49,7 @@ class _Experts:
         graph.node("Greater", [count, graph.constant("axis.0", [0])], f"{name}.has_rows")
         graph.node("TopK", [flat, count], [f"{name}.sorted", f"{name}.order"], axis=0, largest=0)
         tokens = graph.node("Div", [f"{name}.order", graph.constant(f"number_{n_chosen}", n_chosen)], f"{name}.tokens")
-        states = graph.node("Reshape", [normed, self._shape(self._layer.spec.hidden_size)], f"{name}.states")
+        states = graph.node("Reshape", [normed, self._shape(self._layer.spec.expert_size)], f"{name}.states")
         rows = graph.node("Gather", [states, tokens], f"{name}.inputs", axis=0)
         counts = self._counts(flat)
         hidden = self._hidden(self._products(Role.EXPERT_GATE, rows, counts, "gate_up"))
@@ -111,7 +111,7 @@ class _Experts:
 
     def _summed(self, outputs: str, weights: str, normed: str, output: str) -> str:
         """The sum over each token's experts, by weight, in the shape of the input."""
-        graph, name, n_chosen, size = self._graph, self._name, self._routed.top_k, self._layer.spec.hidden_size
+        graph, name, n_chosen, size = self._graph, self._name, self._routed.top_k, self._layer.spec.expert_size
         count = graph.node("Squeeze", [f"{name}.rows"], f"{name}.count")
         limits = graph.constant("zero", 0), graph.constant("one", 1)
         places = graph.node("Range", [limits[0], count, limits[1]], f"{name}.places")

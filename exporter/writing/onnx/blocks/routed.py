@@ -6,7 +6,7 @@ import numpy as np
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.roles import Role
-from compressors.model.files.onnx_names import ROUTER_FACTOR
+from compressors.model.files.onnx_names import EXPERTS_INPUT, ROUTER_FACTOR
 from exporter.capabilities.onnx import needs_nodes
 from exporter.writing.onnx.blocks.chosen_experts import add_chosen_experts
 from exporter.writing.onnx.blocks.operators import add_experts
@@ -38,11 +38,14 @@ def _router_states(layer: LayerNodes, residual: str) -> str:
 
 
 def _add_chosen(layer: LayerNodes, routed: Routed, logits: str, normed: str, output: str) -> str:
-    """Adds the routed experts, by an operator, by nodes or by both, and the norm behind them if there is one."""
-    plain = output if Role.EXPERTS_OUTPUT_NORM not in layer.spec.roles else f"{output}.plain"
+    """Adds the routed experts, by an operator, by nodes or by both, and the matrices around them or the norm behind."""
     add = add_chosen_experts if needs_nodes(routed) else _add_by_operator
     if layer.spec.bases is not None:
         add = add_experts_on_bases
+    if routed.latent_size is not None:
+        inputs = layer.linear(Role.EXPERTS_INPUT, normed, f"{layer.prefix}{EXPERTS_INPUT}")
+        return layer.linear(Role.EXPERTS_OUTPUT, add(layer, routed, logits, inputs, f"{output}.latent"), output)
+    plain = output if Role.EXPERTS_OUTPUT_NORM not in layer.spec.roles else f"{output}.plain"
     found = add(layer, routed, logits, normed, plain)
     return found if plain == output else layer.rms_norm(Role.EXPERTS_OUTPUT_NORM, found, output)
 

@@ -41,7 +41,7 @@ def add_experts_on_bases(layer: LayerNodes, routed: Routed, logits: str, normed:
     bias = layer.vector(Role.SELECTION_BIAS) if routed.routing.has_selection_bias else None
     routing = add_masked_routing(graph, routed, logits, bias, prefix)
     weights = graph.node("Softmax", [routing.logits], f"{prefix}{WEIGHTS_OF_ALL}", axis=-1)
-    shape = graph.constant(f"shape.rows_of_{layer.spec.hidden_size}", [-1, layer.spec.hidden_size])
+    shape = graph.constant(f"shape.rows_of_{layer.spec.expert_size}", [-1, layer.spec.expert_size])
     states = graph.node("Reshape", [normed, shape], f"{prefix}experts.inputs")
     own = _add_own(layer, routed, bases, routing.logits, weights, states)
     total = _OnBases(layer, routed, bases).add(states, weights, own)
