@@ -167,7 +167,7 @@ def _option(name: str, help: str | None) -> Callable[[_Function], _Function]:
     )
 
 
-@main.command(epilog="Other commands: moe-export fits | inspect | pareto MODEL; moe-export validate FILE.")
+@main.command(epilog="Other commands: moe-export fits | inspect | pareto MODEL; validate FILE; compare OUT...")
 @click.argument("model", required=False)
 @_flags(*_EXPORT_FLAGS)
 @click.option("--verbose", is_flag=True, help="End with all figures, their intervals and floors.")
@@ -324,6 +324,28 @@ def validate(file_or_folder: Path, as_json: bool, tasks: Path | None, **argument
             _console().print(tasks_table(ran))
     _name_failures(result["failures"])
     raise SystemExit(0 if result["passed"] else 4)
+
+
+@main.command()
+@click.argument("outputs", nargs=-1, required=True, type=_FOLDER, metavar="OUT...")
+@click.option(
+    "--out", type=_FOLDER, default="comparison.html", show_default=True, help="The page: a table and a Pareto plot."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(outputs: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Compare the files of finished runs of one model: size, divergence, speed; writes a page with a Pareto plot."""
+    with requests_wait():
+        from dataclasses import asdict
+
+        from exporter.publishing.compared import compare_runs
+        from validate.report.comparison import comparison_table
+
+    files = compare_runs(outputs, out)
+    if as_json:
+        click.echo(json.dumps([asdict(file) for file in files], indent=1))
+    else:
+        _console().print(comparison_table(files))
+        click.echo(f"page: {out}")
 
 
 def _name_failures(failures: Iterable[str]) -> None:

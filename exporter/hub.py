@@ -41,7 +41,7 @@ _WANTED_FILES = [
     *MADE_OF,
     "*.jinja",
     "README.md",
-    "LICENSE*",
+    *("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*", "COPYING*"),
 ]
 _FIRST_FILES = ["config.json", INDEX]  # they show whether the family is known, before the weights are downloaded
 # Other formats in subfolders, and a second copy of the weights in the trainer's own naming.

@@ -9,6 +9,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap
 from exporter.planning.recipe import SourceChoice
+from exporter.publishing.license_files import license_files
 from exporter.writing.gguf.metadata import source_ancestors, source_license
 
 __all__ = ["described_source", "described_student", "stored_bytes"]
@@ -35,9 +36,21 @@ def described_source(choice: SourceChoice, source: Source) -> dict[str, Any]:
         "top_k": spec.top_k,
         "n_kv_heads": None if heads is None else heads.number,
         "head_dim": None if heads is None else heads.width,
-        "license": source_license(source),
+        **source_license(source),
+        "license_files": [path.name for path in license_files(source)],
+        "projector": _projector(source),
         "base_models": source_ancestors(source),
     }
+
+
+def _projector(source: Source) -> dict[str, Any] | None:
+    """The parts that llama.cpp keeps in a projector, a file beside the model's; None if the original has none.
+
+    It fits as long as the width of the embeddings stays, which llama.cpp checks (``tools/mtmd/mtmd.cpp``): no method
+    changes that.
+    """
+    parts = [part.name for part in source.family.skipped if part.in_projector and part.name in source.parts_read_past]
+    return {"part": parts[0], "width": source.spec.hidden_size} if parts else None
 
 
 def stored_bytes(source: Source) -> int:

@@ -22,6 +22,7 @@ from exporter.file_names import (
     SUMS,
 )
 from exporter.planning.plan import Plan
+from exporter.publishing.license_files import license_files
 from exporter.stages.finished import artifact_path
 from exporter.work.directory import WorkDirectory, exclusive, make_folder
 from exporter.writing.files import flush, flush_folder, sha256_of
@@ -71,6 +72,8 @@ class Outputs:
         if "onnx" in self._plan.recipe.artifacts:
             _link_tree(artifact_path(self._work, "onnx"), ONNX_FOLDER.within(self.folder))
             artifacts["onnx"] = self._artifact(ONNX_FOLDER.name, ONNX_WEIGHTS)
+        for path in license_files(self._plan.open_source()):
+            shutil.copyfile(path, self.folder / path.name)
         if self._plan.recipe.save_student:
             _link_tree(self._work.path("student", STUDENT_FOLDER), STUDENT_FOLDER.within(self.folder))
         return artifacts

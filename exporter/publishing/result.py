@@ -33,6 +33,7 @@ from exporter.publishing.environment import environment
 from exporter.publishing.floors import floors_of
 from exporter.publishing.outputs import Artifact
 from exporter.publishing.search_figures import named_types, search_figures
+from exporter.publishing.type_mix import type_mix
 from exporter.stages.finished import heldout_domains, scheduled_blocks, student_of_files
 from exporter.work.directory import StageRecord, WorkDirectory
 from validate.metrics.cloze import cloze_figures, load_last_words
@@ -95,6 +96,7 @@ def build_report(
                 "bytes": artifact.bytes,
                 "bits_per_weight": 8 * artifact.bytes / student_spec.parameters,
                 "type": named_types(recipe.file(name)),
+                "tensor_types": type_mix(recipe.file(name), student_spec) if name == "gguf" else None,
             }
             for name, artifact in artifacts.items()
         ],

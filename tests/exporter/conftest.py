@@ -26,8 +26,10 @@ Completed = subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Path:
-    """Two layers of the bundled model: 32 experts each, trained weights."""
-    return toy_checkpoint(tmp_path_factory.mktemp("model"), n_layers=2)
+    """Two layers of the bundled model: 32 experts each, trained weights; and a licence."""
+    folder = toy_checkpoint(tmp_path_factory.mktemp("model"), n_layers=2)
+    (folder / "LICENSE").write_text("anything goes", encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session")

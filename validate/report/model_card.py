@@ -47,6 +47,7 @@ def render_model_card(report: Report) -> str:
         verdict=facts.verdict_title(report),
         engines=_engines(report),
         files=_files(report),
+        types=_types(report),
         rows=_measurements(report),
         floors=floor_rows(report),
         floor_sentence=FLOOR_SENTENCE,
@@ -64,6 +65,7 @@ def render_model_card(report: Report) -> str:
         runs=_runs(report),
         worth=use.sentences(report),
         limits=_limits(report),
+        projector=_projector(report),
         loss_name=facts.loss_name,
         rung_outcome=facts.rung_outcome,
         numbers=numbers,
@@ -77,8 +79,9 @@ def _yaml(data: dict[str, Any]) -> str:
 def _front_matter(report: Report) -> dict[str, Any]:
     source, formats = report["source"], [artifact["format"] for artifact in report["artifacts"]]
     data: dict[str, Any] = {}
-    if source.get("license"):
-        data["license"] = source["license"]
+    for key in ("license", "license_name", "license_link"):
+        if source.get(key):
+            data[key] = source[key]
     # The hub resolves base_model to a page: a local folder has none, but may name the models that it is from.
     ancestors = [name for name in (source["model"], *source.get("base_models", ())) if _HUB_ID.fullmatch(str(name))]
     if ancestors:
@@ -122,6 +125,15 @@ def _files(report: Report) -> list[tuple[str, ...]]:
     return rows
 
 
+def _types(report: Report) -> list[tuple[str, str]]:
+    """Kinds of tensors of the GGUF file, each with its types and, where there are several, their numbers."""
+    kinds = next((file.get("tensor_types") for file in report["artifacts"] if file["format"] == "gguf"), None) or {}
+    return [
+        (kind, ", ".join(name if len(types) == 1 else f"{name} x {number}" for name, number in types.items()))
+        for kind, types in kinds.items()
+    ]
+
+
 def _measurements(report: Report) -> list[tuple[str, ...]]:
     """Model, median and 99 % divergence, maximum, top-1; unless dense, routing against torch and the original."""
     comparisons = () if facts.is_dense(report) else ("vs_torch_student", "vs_teacher")
@@ -160,8 +172,26 @@ def _runs(report: Report) -> list[tuple[str, str, str]]:
             runs.append(("Ollama", "shell", run.ollama_commands(report, path)))
             runs.append(("LM Studio", "shell", f"lms import {shlex.quote(str(path))}"))
         else:
-            runs.append(("ONNX Runtime", "python", run.onnxruntime_example(report, run.onnx_folder(path))))
+            folder = run.onnx_folder(path)
+            runs.append(("ONNX Runtime", "python", run.onnxruntime_example(report, folder)))
+            runs.append(("onnxruntime-genai", "python", run.genai_example(folder)))
+            if not find(report, "source", "n_recurrent_layers"):  # its caches are keys and values alone
+                runs.append(("optimum", "python", run.optimum_example(folder)))
     return runs
+
+
+def _projector(report: Report) -> str:
+    """Says which projector fits the GGUF file; empty if the original has none, or there is no such file."""
+    projector = find(report, "source", "projector")
+    file = next((artifact["path"] for artifact in report["artifacts"] if artifact["format"] == "gguf"), None)
+    if projector is None or file is None:
+        return ""
+    return (
+        f"The original also has {projector['part']}. Its projector (`mmproj-*.gguf`, as llama.cpp's converter makes "
+        f"it) still fits the GGUF file, because embeddings are {projector['width']:,} wide as before: "
+        f"`llama-server -m {shlex.quote(str(file))} --mmproj FILE`. "
+        "It is no part of this release and was not measured. An ONNX folder reads text alone."
+    )
 
 
 def _limits(report: Report) -> list[str]:

@@ -11,11 +11,13 @@ from compressors.model.files.gguf.kv_types import KV_TYPES, is_quantized
 from validate.report.facts import Report, find
 
 __all__ = [
+    "genai_example",
     "llama_cpp_command",
     "llama_cpp_python_command",
     "ollama_commands",
     "onnx_folder",
     "onnxruntime_example",
+    "optimum_example",
     "run_instructions",
     "where_the_rest_is",
 ]
@@ -77,6 +79,36 @@ def onnxruntime_example(report: Report, folder: Path) -> str:
             f"feeds = {{i.name: np.zeros({empty}, np.float32) "
             'if "past" in i.name else np.ones_like(ids) for i in session.get_inputs()}',
             'print(tokenizer.decode([session.run(["logits"], feeds | {"input_ids": ids})[0][0, -1].argmax()]))',
+        )
+    )
+
+
+def genai_example(folder: Path) -> str:
+    """Lines of Python that continue a prompt with onnxruntime-genai."""
+    return "\n".join(
+        (
+            f"import onnxruntime_genai as og; model = og.Model({json.dumps(str(folder))}); "
+            "tokenizer = og.Tokenizer(model)",
+            "parameters = og.GeneratorParams(model); "
+            f"ids = tokenizer.encode({json.dumps(_PROMPT)}); "
+            f"parameters.set_search_options(max_length=len(ids) + {_NEW_TOKENS})",
+            "generator = og.Generator(model, parameters); generator.append_tokens(ids)",
+            "while not generator.is_done(): generator.generate_next_token()",
+            "print(tokenizer.decode(generator.get_sequence(0)))",
+        )
+    )
+
+
+def optimum_example(folder: Path) -> str:
+    """Lines of Python that continue a prompt with optimum's ``ORTModelForCausalLM``."""
+    place = json.dumps(str(folder))
+    return "\n".join(
+        (
+            "from optimum.onnxruntime import ORTModelForCausalLM; from transformers import AutoTokenizer",
+            f"model, tokenizer = ORTModelForCausalLM.from_pretrained({place}, use_io_binding=False), "
+            f"AutoTokenizer.from_pretrained({place})",
+            f"ids = tokenizer({json.dumps(_PROMPT)}, return_tensors='pt')",
+            f"print(tokenizer.decode(model.generate(**ids, max_new_tokens={_NEW_TOKENS})[0]))",
         )
     )
 

@@ -62,10 +62,12 @@ class SkippedPart:
         pattern: a regular expression that the whole name matches; a group called ``layer`` matches only numbers
             behind the model's last layer.
         name: their name, for ``inspect`` and the plan.
+        in_projector: True if llama.cpp keeps them in a file of their own, a projector (``--mmproj``).
     """
 
     pattern: str
     name: str
+    in_projector: bool = False
 
     def takes(self, name: str, n_layers: int) -> bool:
         """True for the name of a tensor that is skipped in a model of so many layers."""

@@ -386,7 +386,11 @@ FAMILY = Family(
     settings=_settings,
     gguf=GgufFamily("gemma4", _keys, _refusal, takes_rope_factors=True, settings=_from_gguf),
     skipped=(
-        SkippedPart(r"model\.(vision_tower|audio_tower|embed_vision|embed_audio)\..*", "the parts that see and hear"),
+        SkippedPart(
+            r"model\.(vision_tower|audio_tower|embed_vision|embed_audio)\..*",
+            "the parts that see and hear",
+            in_projector=True,
+        ),
     ),
     whole_model_type="gemma4",
     prefixes=("model.language_model.",),

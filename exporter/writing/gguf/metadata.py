@@ -139,13 +139,14 @@ def _text(entry: object) -> str:
     return str(entry).encode("utf-8", "ignore").decode("utf-8") if isinstance(entry, str | int | float) else ""
 
 
-def source_license(source: Origin) -> str | None:
-    """The licence that the source's model card names, None if it names none.
+def source_license(source: Origin) -> dict[str, str | None]:
+    """The licence that the source's model card names, with its own name and its page or file; None: it names none.
 
     Raises:
         InputError: the front matter of the source's README.md cannot be read.
     """
-    return _joined(_model_card(source.tokenizer_folder).get("license")) or None
+    card = _model_card(source.tokenizer_folder)
+    return {name: _joined(card.get(name)) or None for name in ("license", "license_name", "license_link")}
 
 
 def source_ancestors(source: Origin) -> list[str]:

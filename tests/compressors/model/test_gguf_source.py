@@ -96,7 +96,7 @@ def test_it_is_described(file: Path) -> None:
 
 def test_licence_and_ancestors_are_those_of_its_metadata(file: Path) -> None:
     source = GgufSource(file)
-    assert (source_license(source), source_ancestors(source)) == ("other", ["org/Base"])
+    assert (source_license(source)["license"], source_ancestors(source)) == ("other", ["org/Base"])
 
 
 def test_keys_for_people_that_are_not_carried_over_are_said(file: Path, tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ def test_everything_promised_is_there(finished: tuple[Path, str]) -> None:
     sums = dict(reversed(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines())
     assert {gguf.name, "onnx/model.onnx", "onnx/model.onnx.data", "recipe.yaml"} <= set(sums)
     assert all(sha256_of(out / name) == digest for name, digest in sums.items())
+    assert (out / "LICENSE").read_text(encoding="utf-8") == "anything goes"
+    assert "Its text is in `LICENSE`." in (out / "README.md").read_text(encoding="utf-8")
+    kinds = report["artifacts"][0]["tensor_types"]
+    assert kinds["gate of the experts"] == {"Q4_0": 2}
+    assert "| gate of the experts | Q4_0 |" in (out / "README.md").read_text(encoding="utf-8")
     assert "llama" in printed
     assert "onnxruntime" in printed
     assert not out.with_name("out.work").exists()

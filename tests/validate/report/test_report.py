@@ -846,6 +846,33 @@ def test_model_card_front_matter(report: dict[str, Any]) -> None:
     assert "| `Fine-24x0.9M-Q4_0.gguf` | Q4_0 | 9,914,112 | 9.91 MB (9.45 MiB) | 4.80 |" in body
 
 
+def test_model_card_says_which_types_and_which_projector(report: dict[str, Any]) -> None:
+    report["artifacts"][0]["tensor_types"] = {"gate of the experts": {"Q2_K": 5, "Q3_K": 1}, "head": {"Q6_K": 1}}
+    report["source"] |= {"projector": {"part": "the part that sees images", "width": 2048}}
+    report["source"] |= {"license": "other", "license_name": "nvidia-open", "license_link": "LICENSE"}
+    report["source"] |= {"license_files": ["LICENSE", "NOTICE"]}
+    card = render_model_card(report)
+    assert "| gate of the experts | Q2_K x 5, Q3_K x 1 |\n| head | Q6_K |\n" in card
+    assert "has the part that sees images" in card and "2,048 wide" in card
+    assert "llama-server -m Fine-24x0.9M-Q4_0.gguf --mmproj FILE" in card
+    front_matter = yaml.safe_load(card.split("---\n", 2)[1])
+    assert [front_matter[key] for key in ("license", "license_name", "license_link")] == [
+        *("other", "nvidia-open", "LICENSE")
+    ]
+    assert "applies: nvidia-open. Its text is in `LICENSE`, `NOTICE`." in card
+    only_onnx = only(report, "onnx")
+    assert "mmproj" not in render_model_card(only_onnx)
+
+
+def test_model_card_has_lines_for_the_clients_of_onnx_files(report: dict[str, Any]) -> None:
+    card = render_model_card(report)
+    for client in ("onnxruntime-genai", "optimum"):
+        code = card.split(f"\n{client}:\n")[1].split("```python\n")[1].split("```")[0]
+        compile(code, client, "exec")
+    report["source"]["n_recurrent_layers"] = 2
+    assert "\noptimum:\n" not in render_model_card(report), "it keeps keys and values alone"
+
+
 def test_model_card_lists_each_rung_on_its_line(report: dict[str, Any]) -> None:
     lines = render_model_card(report).splitlines()
     rungs = [line for line in lines if "): divergence " in line]
