@@ -20,6 +20,7 @@ from compressors.model.description.family import Family
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.mixers import NoMixer
 from compressors.model.description.mtp import MTP_PART
+from compressors.model.description.onnx_cache import WithStates
 from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.families.refused import REASONS
@@ -83,6 +84,7 @@ def _family_section(module: ModuleType) -> Iterator[str]:
     yield _row("in llama.cpp", f"`{family.gguf.architecture}`")
     yield _row("GGUF files as originals", "no" if family.gguf.settings is None else "yes")
     yield _row("rotary embeddings as GGUF", ", ".join(f"`{kind}`" for kind in _ropes_in_gguf(spec)) or "none")
+    yield _row("ONNX in optimum", "no, it has recurrent states" if _has_states(spec) else "as far as optimum knows it")
     dense = family.dense
     yield _row(
         "a dense student",
@@ -98,6 +100,11 @@ def _family_section(module: ModuleType) -> Iterator[str]:
     if refused:
         yield "\nRefused:\n"
         yield from refused
+
+
+def _has_states(spec: ModelSpec) -> bool:
+    """True if ONNX files have states beside keys and values, which ORTModelForCausalLM does not take."""
+    return any(isinstance(layer.mixer, WithStates) for layer in spec.layers)
 
 
 _WITHOUT_A_DEFAULT: Mapping[str, Mapping[str, object]] = {

@@ -151,7 +151,7 @@ GGUF = Stage(
 ONNX = Stage(
     "onnx",
     "files.writers",
-    version=5,
+    version=6,
     what="write the ONNX folder",
     reads=_STUDENT | _STATISTICS | _FEEDBACK,
     writes=(ONNX_FOLDER, ORIGINAL_VALUES),
@@ -209,7 +209,7 @@ PARETO = Stage(
 STUDENT = Stage(
     "student",
     "files.writers",
-    version=3,
+    version=4,
     what="write the student checkpoint",
     reads=_STUDENT,
     writes=(STUDENT_FOLDER,),
