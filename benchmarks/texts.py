@@ -70,11 +70,9 @@ class _Watched:
     def __init__(self, n_prompts: int) -> None:
         self._n_prompts = n_prompts
         self.logits: dict[tuple[int, int], torch.Tensor] = {}
-        self.passes_greedy = 0
 
     def __call__(self, logits_nV: torch.Tensor, texts: Sequence[int], places: Sequence[int]) -> torch.Tensor:
         self.logits |= dict(zip(zip(texts, places, strict=True), logits_nV.clone(), strict=True))
-        self.passes_greedy += min(texts) < self._n_prompts
         return chosen_tokens(logits_nV, texts, places, self._n_prompts)
 
     def least_gap(self) -> float:
@@ -115,8 +113,17 @@ def _drafted(
     alone: _Watched,
     draft: Draft | None,
 ) -> Drafted:
+    n_greedy, passes_greedy = len(prompts_BT) // 2, 0
+
+    def counted(texts: Sequence[int], tokens: Sequence[Sequence[int]], most: Sequence[int]) -> Sequence[Sequence[int]]:
+        nonlocal passes_greedy
+        assert draft is not None
+        passes_greedy += min(texts) < n_greedy
+        return draft(texts, tokens, most)
+
     start = time.process_time()
-    texts_BT, effort = write_texts(StreamedModel(teacher), prompts_BT, NEW_TOKENS, watched, draft)
+    drafting = None if draft is None else counted
+    texts_BT, effort = write_texts(StreamedModel(teacher), prompts_BT, NEW_TOKENS, watched, drafting)
     seconds = time.process_time() - start
     same = sum(torch.equal(logits_V, watched.logits[place]) for place, logits_V in alone.logits.items())
     different_texts = int((texts_BT != expected_BT).any(1).sum())
@@ -124,7 +131,7 @@ def _drafted(
         name,
         drafted_by,
         effort.passes,
-        watched.passes_greedy,
+        effort.passes if draft is None else passes_greedy,
         effort.drafted,
         effort.accepted,
         different_texts,

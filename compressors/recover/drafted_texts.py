@@ -42,6 +42,7 @@ Draft = Callable[[Sequence[int], Sequence[Sequence[int]], Sequence[int]], Sequen
 
 _LONGEST_DRAFT = 32
 _STILL_RIGHT = 0.25  # a draft ends where only this share of drafts is expected to be right as a whole
+_ROWS_OF_THE_HEAD = 192  # that it runs together: a call of a large head takes as long as 30 rows, whatever it runs
 _EXPECTED_RIGHT, _EXPECTED_WRONG = 8, 1  # tokens that count as judged before the first pass
 
 
@@ -173,6 +174,8 @@ class _Writing:
     def wanted_tokens(self, texts: Sequence[_Text]) -> list[list[int]]:
         """Reads the model once; returns what it wants after the last token of each text and each of its draft.
 
+        Behind the first wrong token of a draft the rest may be missing.
+
         All texts must take part in the first pass, which runs their prompts too.
         """
         is_first = not texts[0].n_cached
@@ -185,8 +188,7 @@ class _Writing:
             judged.append(torch.cat([*before, part])[-len(text.draft) - 1 :])
             # a state cannot go back to the last right token, so it stays behind the tokens that are known already
             text.n_cached = len(text.tokens)
-        wanted = self._chosen(torch.cat(judged), texts)
-        return [tokens.tolist() for tokens in wanted.split([len(states) for states in judged])]
+        return self._chosen(judged, texts)
 
     def accept(self, text: _Text, n_right: int) -> None:
         """Notes that the first tokens of a text's draft belong to it."""
@@ -234,17 +236,44 @@ class _Writing:
             states_nD[part_n] = output[: len(part_n), 0].to("cpu")
         self._cache.settle(rows.texts_n[wave_n[rows.is_last_known_n[wave_n]]])
 
-    def _chosen(self, states_nD: torch.Tensor, texts: Sequence[_Text]) -> torch.Tensor:
-        """The tokens that the model wants after these states: int64 [n]."""
-        owners = [(text, extra) for text in texts for extra in range(len(text.draft) + 1)]
+    def _chosen(self, judged: Sequence[torch.Tensor], texts: Sequence[_Text]) -> list[list[int]]:
+        """The tokens that the model wants after these states, [n, D] of each text, up to its first wrong one at least.
+
+        The head runs for a few tokens of each text at a time, and no further where one of them is wrong.
+        """
+        wanted: list[list[int]] = [[] for _ in texts]
+        right = list(range(len(texts)))
+        with self._model.head(self._dtype) as head:
+            while right:
+                n_each = max(1, _ROWS_OF_THE_HEAD // len(right))
+                rows = [
+                    (number, extra)
+                    for number in right
+                    for extra in range(len(wanted[number]), len(judged[number]))[:n_each]
+                ]
+                states_nD = torch.stack([judged[number][extra] for number, extra in rows])
+                chosen_n = self._after(head, states_nD, [(texts[number], extra) for number, extra in rows])
+                for (number, _), token in zip(rows, chosen_n.tolist(), strict=True):
+                    wanted[number].append(token)
+                right = [
+                    number
+                    for number in right
+                    if len(wanted[number]) < len(judged[number])
+                    and wanted[number] == texts[number].draft[: len(wanted[number])]
+                ]
+        return wanted
+
+    def _after(
+        self, head: Callable[[torch.Tensor], torch.Tensor], states_nD: torch.Tensor, owners: Sequence[tuple[_Text, int]]
+    ) -> torch.Tensor:
+        """The tokens that are chosen after states, each of a text and so many tokens of its draft: int64 [n]."""
         n_prompt, vocab_size, chosen = self._prompts_BP.shape[1], self._model.spec.vocab_size, []
         padded_nD = states_nD[_padded(torch.arange(len(states_nD)))]
-        with self._model.head(self._dtype) as head:
-            for start, part_nD in position_chunks(padded_nD, vocab_size):
-                of_part = owners[start : start + len(part_nD)]
-                logits_nV = head(part_nD.to(self._model.device)).cpu()[: len(of_part)]
-                places = [len(text.tokens) + extra - n_prompt for text, extra in of_part]
-                chosen.append(self._choose(logits_nV, [text.number for text, _ in of_part], places))
+        for start, part_nD in position_chunks(padded_nD, vocab_size):
+            of_part = owners[start : start + len(part_nD)]
+            logits_nV = head(part_nD.to(self._model.device)).cpu()[: len(of_part)]
+            places = [len(text.tokens) + extra - n_prompt for text, extra in of_part]
+            chosen.append(self._choose(logits_nV, [text.number for text, _ in of_part], places))
         return torch.cat(chosen)
 
 

@@ -24,6 +24,7 @@ def measured_table(
     *,
     n_weights: int | None = SAMPLED_WEIGHTS,
     threads: int = 1,
+    known: TypeTable | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> TypeTable:
     """Measures the error of every candidate type of every unit by quantizing rows of its tensors.
@@ -36,20 +37,27 @@ def measured_table(
         n_weights: weights of a tensor that are quantized (:func:`~compressors.sensitivity.sampling.sample_rows`);
             None: all.
         threads: the number of types that are tried at a time; the table does not depend on it.
+        known: a table of the same units whose types are not measured again.
         progress: called with 1 for each finished unit.
 
     Raises:
         InputError: a weight cannot be read or is not finite.
     """
     units = []
+    known_units = {} if known is None else {unit.name: unit for unit in known.units}
     with one_thread_each(threads) as pool:
         for plan in plans:
+            there = known_units[plan.name].options if plan.name in known_units else ()
+            options = {option.choice: option for option in there}
+            missing = [candidate for candidate in plan.candidates if candidate.choice not in options]
             samples = [
                 (role, sample_rows(student, role, layer, sensitivities.of(role, layer), importance, n_weights))
-                for role, layer in plan.matrices
+                for role, layer in (plan.matrices if missing else ())
             ]
-            options = list(pool.map(lambda candidate, samples=samples: _option(candidate, samples), plan.candidates))
-            units.append(Unit(plan.name, plan.tensors, tuple(options)))
+            measured = pool.map(lambda candidate, samples=samples: _option(candidate, samples), missing)
+            options |= {option.choice: option for option in measured}
+            in_order = tuple(options[candidate.choice] for candidate in plan.candidates)
+            units.append(Unit(plan.name, plan.tensors, in_order))
             if progress is not None:
                 progress(1)
     return TypeTable(tuple(units))

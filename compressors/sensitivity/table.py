@@ -99,6 +99,10 @@ class UnitPlan:
     matrices: tuple[tuple[Role, int | None], ...]
     candidates: tuple[Candidate, ...]
 
+    def without(self, choices: Collection[str]) -> UnitPlan:
+        """The unit without these types."""
+        return replace(self, candidates=tuple(entry for entry in self.candidates if entry.choice not in choices))
+
 
 def _option_from_json(data: Mapping[str, Any]) -> Option:
     return Option(**{**data, "order": SecondOrder(**data["order"])})

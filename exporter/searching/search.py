@@ -28,7 +28,7 @@ from exporter.searching.outlook import (
 from exporter.searching.speed import most_seconds
 from exporter.searching.structures import MOST_STRUCTURES, structures_for, whole
 from exporter.searching.trial import Trial
-from exporter.searching.units import fitting_mixes, units_of
+from exporter.searching.units import LAST_RESORT, fitting_mixes, units_of
 from exporter.work.stage import StageContext
 
 __all__ = ["Candidate", "Search"]
@@ -147,8 +147,14 @@ class Search:
         def units(student: Student) -> tuple[UnitPlan, ...]:
             return units_of(untyped, self._source.storage_type, student.stored_types)
 
+        def usual_units(student: Student) -> list[UnitPlan]:
+            return [unit.without(LAST_RESORT) for unit in units(student)]
+
         trial, name = self._alone(self._trial(choice)), f"{artifact}-{untyped.choice.quantizer}"
-        fitted = best_fit(untyped, trial.table(units, name), most_seconds(untyped, self._wishes.prefer))
+        seconds = most_seconds(untyped, self._wishes.prefer)
+        # the tables of the types of the last resort alone take ggml's library ten seconds of every process
+        usual = trial.table(usual_units, f"{name}-usual")
+        fitted = best_fit(untyped, usual, seconds) or best_fit(untyped, trial.table(units, name, usual), seconds)
         if fitted is None:
             return None
         predicted = trial.divergence() + self._model.divergence(fitted.allocation.order)

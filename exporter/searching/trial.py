@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,12 +91,15 @@ class Trial:
         """The divergence of a student of this structure on the selection split: nats."""
         return judge_on_selection(self.context, student).divergence
 
-    def table(self, units: Callable[[Student], tuple[UnitPlan, ...]], name: str) -> TypeTable:
+    def table(
+        self, units: Callable[[Student], Sequence[UnitPlan]], name: str, known: TypeTable | None = None
+    ) -> TypeTable:
         """The costs of each type of each unit, measured once.
 
         Args:
             units: gives the units of the student.
             name: distinguishes tables of the same structure.
+            known: a table of the same units whose types are not measured again.
         """
         path = self.context.output / f"table-{name}.json"
         if not path.exists():
@@ -108,6 +111,7 @@ class Trial:
                 self._sensitivities(student),
                 importance_of(student, self.context.plan, self.context.work),
                 threads=self.context.plan.recipe.threads,
+                known=known,
             )
             write_atomically(path, json.dumps(table.to_json()))
         return TypeTable.from_json(json.loads(path.read_text(encoding="utf-8")))

@@ -98,6 +98,22 @@ def test_rows_of_one_call_change_no_bit(
     assert all(torch.equal(logits_V, few.logits[place]) for place, logits_V in all_.logits.items())
 
 
+def test_the_head_runs_no_further_than_the_first_wrong_token(
+    model: StreamedModel, prompts_BP: torch.Tensor, expected_BT: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafted_texts, "_ROWS_OF_THE_HEAD", 1)
+    rows: list[tuple[int, int]] = []
+    greedy = _Greedy()
+
+    def choose(logits_nV: torch.Tensor, texts: Sequence[int], places: Sequence[int]) -> torch.Tensor:
+        rows.extend(zip(texts, places, strict=True))
+        return greedy(logits_nV, texts, places)
+
+    written, _ = write_texts(model, prompts_BP, _N_NEW, choose, _drafter(expected_BT, 0.2))
+    assert torch.equal(written, expected_BT)
+    assert sorted(rows) == [(text, place) for text in range(len(prompts_BP)) for place in range(_N_NEW)], "once each"
+
+
 def test_texts_that_ended_leave_the_batch(
     model: StreamedModel, prompts_BP: torch.Tensor, expected_BT: torch.Tensor
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.predictions.next_token import draw_tokens, random_numbers
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
+from compressors.sensitivity import Candidate, UnitPlan, ggml_quantizer
 from compressors.sensitivity.gathering import gather_sensitivities
 from compressors.sensitivity.matrices import Sensitivities
+from compressors.sensitivity.measuring import measured_table
 from tests.altered import EMBEDDING_SCALE, LOGIT_DIVISOR, with_factors
 
 _SEED = 7
@@ -220,6 +224,22 @@ def test_a_tied_matrix_is_judged_by_both_of_its_uses(found: Sensitivities, refer
         torch.testing.assert_close(embedding.weights(0, rows), lookup)
         torch.testing.assert_close(found.of(Role.HEAD).weights(0, rows), head)
         assert not found.of(Role.HEAD).weights(0, rows, routed_only=True).any()
+
+
+def test_a_table_is_completed_without_measuring_again(folder: Path, found: Sensitivities) -> None:
+    def unit(*candidates: Candidate) -> UnitPlan:
+        return UnitPlan("head", ("output.weight",), ((Role.HEAD, None),), candidates)
+
+    def again(*_values: object) -> torch.Tensor:
+        raise AssertionError("the type was measured before")
+
+    student = Student.teacher(open_source(folder))
+    fine, coarse = (ggml_quantizer(one) for one in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0))
+    few, many = Candidate("Q4_0", 18, coarse), Candidate("Q8_0", 34, fine)
+    whole = measured_table(student, [unit(few, many)], found, {})
+    usual = measured_table(student, [unit(few, many).without({"Q4_0"})], found, {})
+    assert [option.choice for option in usual.units[0].options] == ["Q8_0"]
+    assert measured_table(student, [unit(few, replace(many, quantize=again))], found, {}, known=usual) == whole
 
 
 def test_memory_and_a_second_run_change_no_bit(folder: Path, blocks_BT: torch.Tensor, tmp_path: Path) -> None:

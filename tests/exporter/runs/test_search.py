@@ -16,6 +16,7 @@ import pytest
 
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
+from compressors.sensitivity import TypeTable
 from exporter.estimating.disk import disk_by_stage
 from exporter.planning.job import Flags
 from exporter.planning.recipe import recipe_yaml
@@ -39,6 +40,7 @@ _LARGE, _SMALL = _BUDGETS
 _MEASURED = 2  # files of each budget: a busy machine would measure fewer in its time, an idle one more
 
 
+_LAST_RESORT = "Q2_0"
 _TYPES = [ggml_type for ggml_type in units.ALLOCATED_TYPES if not ggml_type.name.startswith("IQ2")]
 """Without those whose tables take ggml's library most of the test's time; nor are the IQ1 types the last resort."""
 
@@ -47,7 +49,11 @@ def _look(trial: Trial) -> Look:
     whole = trial.context.work.stage("calibrate").parent
     built = sorted({path.parent.name for path in whole.rglob("trial-*/compress") if path.is_dir()})
     n_bytes = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
-    return Look(built, n_bytes, sum(disk_by_stage(trial.context.plan)["search"].values()))
+    tables = [TypeTable.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in whole.rglob("table-*.json")]
+    measured = {option.choice for table in tables for unit in table.units for option in unit.options}
+    plan = trial.context.plan
+    announced = sum(disk_by_stage(plan)["search"].values())
+    return Look(built, n_bytes, announced, measured, plan.recipe.budget.bytes)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Look:
     built: list[str]  # folders of the structures, except the original, whose student lies there
     n_bytes: int  # in the work folder
     announced: int  # for the search
+    measured: set[str]  # all types that were tried
+    budget: int
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +125,7 @@ def searched(
 
     effort = mock.patch.object(search, "n_measured_files", lambda context: _MEASURED)
     watching = mock.patch.multiple(Trial, student=student, judged=judged)
-    types = mock.patch.multiple(units, ALLOCATED_TYPES=_TYPES, LAST_RESORT={"Q2_0"})
+    types = mock.patch.multiple(units, ALLOCATED_TYPES=_TYPES, LAST_RESORT={_LAST_RESORT})
     with effort, types, watching, stages_in_this_process():
         result = run_command([sys.executable, "-m", "exporter", *inputs, *choices, *limits, "--out", str(out)])
     assert result.returncode in (0, 4), result.stderr
@@ -161,6 +169,16 @@ def test_one_structure_lies_on_the_disk_at_a_time_and_no_more_than_was_announced
     assert len({name for look in searched.looks for name in look.built}) > 1, "several were built"
     assert max(len(look.built) for look in searched.looks) == 1
     assert all(look.n_bytes < look.announced + 2**20 for look in searched.looks)
+
+
+def test_types_of_the_last_resort_are_only_measured_where_no_others_fit(searched: Searched) -> None:
+    large, small = (
+        set().union(*(look.measured for look in searched.looks if look.budget == n_bytes))
+        for n_bytes in _BUDGETS.values()
+    )
+    assert {"Q8_0", "Q2_K"} <= large
+    assert _LAST_RESORT not in large
+    assert _LAST_RESORT in small, "all experts do not fit without"
 
 
 class _Enough(Exception):
