@@ -12,9 +12,9 @@ import llama_cpp.llama_cpp as api
 import numpy as np
 import numpy.typing as npt
 
-from validate.runtimes.llama_cpp import start_runtime
+from validate.runtimes.llama_cpp_session import buffers, start_runtime
 
-__all__ = ["mtp_logits"]
+__all__ = ["mtp_buffers", "mtp_logits"]
 
 _MTP_CONTEXT = 1  # LLAMA_CONTEXT_TYPE_MTP in include/llama.h
 
@@ -25,16 +25,44 @@ def mtp_logits(path: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
     See ``common_speculative_impl_draft_mtp`` in ``common/speculative.cpp``: each token goes with the hidden state in
     front of the head at the position before it.
     """
-    start_runtime()
-    params = api.llama_model_default_params()
-    params.load_mtp, params.use_extra_bufts = True, False
-    model = api.llama_model_load_from_file(str(path).encode(), params)
-    assert model is not None and api.llama_model_n_layer_nextn(model) == 1
+    model = _loaded(path)
     try:
         states = _decoded(model, tokens, None)
         return _decoded(model, tokens[1:], states[:-1])
     finally:
         api.llama_model_free(model)
+
+
+def mtp_buffers(path: Path, n_ctx: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes by purpose of the model's context and of the layer's, as llama-server sets them up to draft three tokens.
+
+    See ``common_speculative_init_result`` in ``common/speculative.cpp``.
+    """
+    model, found = _loaded(path), []
+    try:
+        for is_of_layer in (False, True):
+            params = api.llama_context_default_params()
+            params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, 2048, 512
+            params.n_rs_seq = 0 if is_of_layer else 3
+            params.ctx_type = _MTP_CONTEXT if is_of_layer else 0
+            buffers.clear()
+            context = api.llama_init_from_model(model, params)
+            assert context is not None
+            found.append(buffers.by_purpose)
+            api.llama_free(context)
+    finally:
+        api.llama_model_free(model)
+    of_model, of_layer = found
+    return of_model, of_layer
+
+
+def _loaded(path: Path) -> int:
+    start_runtime()
+    params = api.llama_model_default_params()
+    params.load_mtp, params.use_extra_bufts = True, False
+    model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
+    assert model is not None and api.llama_model_n_layer_nextn(model) == 1
+    return model
 
 
 def _decoded(model: int, tokens: list[int], states: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:

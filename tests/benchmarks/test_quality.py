@@ -22,7 +22,8 @@ from exporter.planning.recipe import CompressChoice, ExpertMethod
 
 
 def test_every_method_that_a_recipe_can_name_is_compared() -> None:
-    named = {*get_args(ExpertMethod), *get_args(CompressChoice.model_fields["edit"].annotation)} - {"none", "svd"}
+    named = {*get_args(ExpertMethod), *get_args(CompressChoice.model_fields["edit"].annotation)}
+    named -= {"none", "svd", "lightmoe"}  # the last one is nothing without training, and has a benchmark of its own
     compared = {name.lower() for name in ARMS}
     assert named | {"activation svd", "slimwidth", "layer drop", "block drop", "reap, sequential"} <= compared
     assert list(ARMS)[:2] == ["teacher", "frequency"]

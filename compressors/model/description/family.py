@@ -41,6 +41,8 @@ class GgufFamily:
             is of another family with this architecture. Without the function no file is read.
         switches_rope: a key tells its graph whether queries and keys are turned.
         mixes_layers: its graph takes layers with experts and layers without in any order.
+        takes_states_back: while a layer for MTP drafts, llama.cpp keeps a copy of the recurrent states for each drafted
+            token (``llm_arch_supports_rs_rollback`` in ``src/llama-arch.cpp``).
     """
 
     architecture: str
@@ -52,6 +54,7 @@ class GgufFamily:
     settings: Callable[[GgufKeys], ConfigValues | None] | None = None
     switches_rope: bool = False
     mixes_layers: bool = False
+    takes_states_back: bool = False
 
 
 @dataclass(frozen=True)

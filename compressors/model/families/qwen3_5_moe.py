@@ -66,7 +66,7 @@ FAMILY = Family(
     read=_read,
     edited=gated_delta.edited,
     settings=gated_delta.settings,
-    gguf=GgufFamily("qwen35moe", _keys, gated_delta.refusal, settings=gated_delta.from_keys),
+    gguf=GgufFamily("qwen35moe", _keys, gated_delta.refusal, settings=gated_delta.from_keys, takes_states_back=True),
     skipped=(gated_delta.MTP, SkippedPart(r"(model\.)?visual\..*", "the part that sees images", in_projector=True)),
     whole_model_type="qwen3_5_moe",
     prefixes=("model.language_model.",),

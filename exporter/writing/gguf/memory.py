@@ -25,6 +25,7 @@ _HALF = 2
 _BYTES_PER_TOKEN_TEXT = 420  # a token's text, score and merge in llama_vocab's tables
 _BYTES_PER_LAYER_GRAPH = 100 << 10  # about 100 graph nodes, in two graphs and in the scheduler's tables
 _BYTES_OF_DELTA_GRAPHS = 16 << 20  # 40 nodes a token in two graphs (graph_max_nodes in src/llama-context.cpp)
+_DRAFTED_TOKENS, _DRAFTING_BATCH = 3, 2048  # llama-server's: --spec-draft-n-max, --batch-size (common/common.h)
 _LIBRARY_BYTES = 5 << 20  # pages of the libraries that are touched only when a model runs
 
 
@@ -47,10 +48,12 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
     cells, contexts = _rounded_up(context), [spec]
     if spec.mtp is not None:  # llama.cpp drafts in a context of its own
         contexts.append(replace(spec, layers=(spec.mtp,), mtp=None))
+    copies = _DRAFTED_TOKENS if spec.mtp is not None and spec.family.gguf.takes_states_back else 0
     return {
         "weights": file_bytes,
-        "kv_cache": sum(_cache_bytes(each, cells, kv_type) for each in contexts),
+        "kv_cache": sum(_cache_bytes(each, cells, kv_type) for each in contexts) + copies * _state_bytes(spec),
         "compute": sum(_context_bytes(each, cells, kv_type) for each in contexts)
+        + (_handed_over_bytes(spec, cells) if spec.mtp is not None else 0)
         + _BYTES_PER_TOKEN_TEXT * spec.vocab_size
         + _LIBRARY_BYTES,
     }
@@ -59,8 +62,20 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
 def _cache_bytes(spec: ModelSpec, cells: int, kv_type: str) -> int:
     """Bytes of keys and values, and of recurrent states."""
     cached = sum(_cells(mixer, spec, cells) * mixer.cached_values for mixer in _mixers(spec))
-    states = _FLOAT * sum(mixer.state_values for mixer in _mixers(spec))
-    return int(cached * bytes_per_value(kv_type)) + states
+    return int(cached * bytes_per_value(kv_type)) + _state_bytes(spec)
+
+
+def _state_bytes(spec: ModelSpec) -> int:
+    return _FLOAT * sum(mixer.state_values for mixer in _mixers(spec))
+
+
+def _handed_over_bytes(spec: ModelSpec, cells: int) -> int:
+    """Bytes of the hidden states that the model hands to the layer for MTP.
+
+    The model's context keeps those of a batch (``output_reserve`` in src/llama-context.cpp), and they stay alive in its
+    graph; so do, in the layer's, those that it is given, the tokens' embeddings, and those that it would hand on.
+    """
+    return _FLOAT * spec.hidden_size * (_DRAFTING_BATCH + 4 * min(_BATCH, cells))
 
 
 def _context_bytes(spec: ModelSpec, cells: int, kv_type: str) -> int:
