@@ -115,7 +115,19 @@ def _progress_view(quiet: bool, progress: str) -> Any:
 _EXPORT_FLAGS = (
     *("budget", "budget_kind", "context", "kv_type", "formats", "out", "calibration", "text", "method", "experts"),
     *("student", "quant", "quantizer", "imatrix", "prefer", "plan_time", "recover", "recover_time", "require"),
-    *("recipe", "dry_run", "save_student", "keep_mtp", "floors", "memory", "device", "work_dir", "force", "offline"),
+    *(
+        "recipe",
+        "dry_run",
+        "save_student",
+        "shard_size",
+        "keep_mtp",
+        "floors",
+        "memory",
+        "device",
+        "work_dir",
+        "force",
+        "offline",
+    ),
     *("revision", "threads", "seed", "json"),
 )
 """The flags of an export, in the order of ``--help``."""
