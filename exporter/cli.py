@@ -126,8 +126,8 @@ def _progress_view(quiet: bool, progress: str) -> Any:
 _EXPORT_FLAGS = (
     *("budget", "budget_kind", "context", "kv_type", "formats", "out", "calibration", "text", "method", "experts"),
     *("remove", "materialize", "student", "quant", "quantizer", "imatrix", "prefer", "plan_time", "recover"),
-    *("recover_time", "require", "recipe", "dry_run", "save_student", "push", "keep_mtp", "floors", "memory", "device"),
-    *("work_dir", "force", "offline"),
+    *("recover_time", "require", "recipe", "dry_run", "save_student", "shard_size", "push", "keep_mtp", "floors"),
+    *("memory", "device", "work_dir", "force", "offline"),
     *("revision", "threads", "seed", "json"),
 )
 """The flags of an export, in the order of ``--help``."""

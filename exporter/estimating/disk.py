@@ -92,6 +92,8 @@ def disk_by_stage(plan: Plan, kept: Collection[str] = ()) -> dict[str, dict[str,
         lines = _lying(files, stages[: number + 1], stages[number:], kept)
         lines.update(passing.get(stage.name, {}))
         found[stage.name] = dict(+lines)
+    if plan.shard_bytes is not None and "gguf" in plan.predictions:  # the file and its parts lie there together
+        found[stages[-1].name]["parts of the GGUF file"] = plan.predictions["gguf"].file
     return found
 
 

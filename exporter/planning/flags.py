@@ -120,6 +120,9 @@ class Flags(PlainFlags):
         metavar="NAME=VALUE[,...]",
     )
     memory: str | None = _flag(None, "Memory this run may use.  [default: half of what is free]", metavar="SIZE")
+    shard_size: str | None = _flag(
+        None, "Largest part of a GGUF file, such as 45GB; more become several.", metavar="SIZE"
+    )
     threads: int | None = _flag(None, "Threads.  [default: all processors]", in_recipe=True)
     out: Path | None = _flag(None, "Output folder.  [default: MODEL-BUDGET]")
     work_dir: Path | None = _flag(None, "Where unfinished work is kept, as OUT.work.  [default: beside OUT]")

@@ -61,6 +61,7 @@ class Job(PlainFlags):
     recover_seconds: int
     require: Mapping[str, float]  # thresholds that differ from the default
     memory_bytes: int | None  # None: half of the free memory
+    shard_bytes: int | None  # largest part of a GGUF file; None: it is not cut
     threads: int
     out: Path
     work_dir: Path
@@ -104,6 +105,7 @@ def checked_job(flags: Flags) -> Job:
         recover_seconds=parse_duration(flags.recover_time, "--recover-time"),
         require=parse_requirements(flags.require),
         memory_bytes=None if flags.memory is None else parse_size(flags.memory, "--memory"),
+        shard_bytes=None if flags.shard_size is None else parse_size(flags.shard_size, "--shard-size"),
         threads=checked_threads(flags.threads),
         out=_folder_to_be("--out", out),
         work_dir=_folder_to_be("--work-dir", (flags.work_dir or out.parent) / f"{out.name}{WORK_SUFFIX}"),

@@ -62,6 +62,7 @@ class Plan:
     may_choose_codes: bool = False  # error feedback may choose codes, in a recipe that a search finds
     may_train: bool = False  # recovery may train, in a recipe that a search finds
     imatrix: Path | None = None  # llama.cpp's importance matrix, in place of the calibration text's
+    shard_bytes: int | None = None  # largest part of a GGUF file in OUT; None: it is not cut
     search: Search | None = None  # how to find the recipe after calibration; None: the recipe stands
     mixture: str = ""  # the files that the calibration blocks come from, if there are several
     curve: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that moe-export pareto compares

@@ -18,7 +18,7 @@ from exporter.hub import bundled_text, resolve_model
 from exporter.planning.job import Job
 from exporter.planning.plan import Plan
 from exporter.planning.planner import TextCounts, choose_recipe, mix_of, predict_recipe, wanted_blocks
-from exporter.planning.preflight import refuse_too_short_a_context, spare_disk
+from exporter.planning.preflight import refuse_to_cut_onnx, refuse_too_short_a_context, spare_disk
 from exporter.planning.recipe import MixedText, Recipe, TextChoice, load_recipe
 from exporter.planning.teacher_floor import TeacherFloor, choose_teacher_floor
 from exporter.processes.team import local_processes
@@ -76,6 +76,7 @@ def make_plan(job: Job, command: str, folder: Path | None = None) -> Plan:
         recover_seconds=job.recover_seconds if job.recipe is None else 0,
         refused_rungs=refused,
         memory_bytes=memory_bytes,
+        shard_bytes=job.shard_bytes,
         device=job.device,
         require=dict(job.require),
         out=job.out.resolve(),
@@ -88,6 +89,7 @@ def make_plan(job: Job, command: str, folder: Path | None = None) -> Plan:
         search=search,
         mixture=counts.mixture,
     )
+    refuse_to_cut_onnx(plan)
     if not job.floors:
         return plan
     return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))

@@ -24,6 +24,7 @@ from validate.runtimes.cost import LEAST_CONTEXT
 
 __all__ = [
     "described_needs",
+    "refuse_to_cut_onnx",
     "refuse_too_large_rungs",
     "refuse_too_little_disk",
     "refuse_too_little_memory",
@@ -145,6 +146,22 @@ def refuse_too_large_rungs(plan: Plan) -> None:
         for artifact in plan.recipe.artifacts:
             block_length = planned_block_length(plan.recipe, artifact, spec)
             refuse_too_large(scope_of(beside_codes), spec, WRITTEN_ITEMSIZE, plan.memory_bytes, block_length)
+
+
+def refuse_to_cut_onnx(plan: Plan) -> None:
+    """Compares ``--shard-size`` with the data of the ONNX file, which stay one file.
+
+    Raises:
+        InputError: they are larger, or may become so.
+    """
+    if plan.shard_bytes is None or plan.recipe.onnx is None:
+        return
+    most = plan.predictions["onnx"].file if plan.search is None else plan.recipe.budget.bytes
+    if most > plan.shard_bytes:
+        raise InputError(
+            f"--shard-size: an ONNX file's data are not cut, and they may take {format_size(most)}; "
+            "give at least that, or leave ONNX out (--formats gguf)"
+        )
 
 
 def _refuse_too_little(place: Path, needed: int, lines: Mapping[str, int], instead: str) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compressors.model.errors import InputError
@@ -25,7 +25,8 @@ from exporter.planning.plan import Plan
 from exporter.publishing.license_files import license_files
 from exporter.stages.finished import artifact_path
 from exporter.work.directory import WorkDirectory, exclusive, make_folder
-from exporter.writing.files import flush, flush_folder, sha256_of
+from exporter.writing.files import flush, flush_folder, sha256_of, storage_error
+from exporter.writing.gguf.sharding import shard_gguf
 
 __all__ = ["Artifact", "FileEntry", "Outputs", "publish_folder", "reserved"]
 
@@ -42,8 +43,9 @@ class FileEntry:
 class Artifact:
     """A GGUF file, or the folder of an ONNX model with its data."""
 
-    path: str  # its path below the output folder
-    files: Mapping[str, FileEntry]  # the files that the budget counts, by path below the output folder
+    path: str  # its path below the output folder, that of its first part
+    files: Mapping[str, FileEntry]  # the files that hold it, by path below the output folder
+    counted_bytes: int  # size for the budget: parts count as the one file that they were cut from
 
     @property
     def bytes(self) -> int:
@@ -67,8 +69,7 @@ class Outputs:
         artifacts = {}
         if "gguf" in self._plan.recipe.artifacts:
             file = artifact_path(self._work, "gguf")
-            _link(file, self.folder / file.name)
-            artifacts["gguf"] = self._artifact(file.name, [file.name])
+            artifacts["gguf"] = replace(self._gguf(file), counted_bytes=file.stat().st_size)
         if "onnx" in self._plan.recipe.artifacts:
             _link_tree(artifact_path(self._work, "onnx"), ONNX_FOLDER.within(self.folder))
             artifacts["onnx"] = self._artifact(ONNX_FOLDER.name, ONNX_WEIGHTS)
@@ -95,9 +96,21 @@ class Outputs:
         self.write_text(SUMS, "".join(f"{sha256_of(self.folder / name)}  {name}\n" for name in names))
         publish_folder(self.folder, self._plan.out, self._work.root.folder)
 
+    def _gguf(self, file: Path) -> Artifact:
+        """The file itself, or its parts if it is larger than one may be."""
+        most = self._plan.shard_bytes
+        try:
+            names = [] if most is None else [part.name for part in shard_gguf(file, self.folder, most)]
+        except OSError as error:
+            raise storage_error(error, self.folder) or error from None
+        if not names:
+            _link(file, self.folder / file.name)
+        return self._artifact(names[0] if names else file.name, names or [file.name])
+
     def _artifact(self, path: str, counted: Sequence[str]) -> Artifact:
         files = {name: self.folder / name for name in counted}
-        return Artifact(path, {name: FileEntry(file.stat().st_size, sha256_of(file)) for name, file in files.items()})
+        entries = {name: FileEntry(file.stat().st_size, sha256_of(file)) for name, file in files.items()}
+        return Artifact(path, entries, sum(entry.bytes for entry in entries.values()))
 
 
 def publish_folder(folder: Path, out: Path, work: Path) -> None:

@@ -334,7 +334,7 @@ def _budget(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
         },
         "measured": {
             name: {
-                "file": artifact.bytes,
+                "file": artifact.counted_bytes,
                 "total": rows[name]["peak_rss_bytes"],
                 "buffers": rows[name]["buffers"],
             }
@@ -348,7 +348,7 @@ def _checks(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
     kind, limit = plan.recipe.budget.kind, plan.recipe.budget.bytes
     for name, artifact in artifacts.items():
         row = rows[name]
-        counted = artifact.bytes if kind == "file" else row["peak_rss_bytes"]
+        counted = artifact.counted_bytes if kind == "file" else row["peak_rss_bytes"]
         checks.append(Check.at_most(f"{name}.budget", counted, limit))
         routing = row["routing"]["vs_torch_student"]
         change = None if row["perplexity"] is None else abs(row["perplexity"] / row["perplexity_student_torch"] - 1)

@@ -169,7 +169,7 @@ def _runs(report: Report) -> list[tuple[str, str, str]]:
         if artifact["format"] == "gguf":
             runs.append(("llama.cpp", "shell", run.llama_cpp_command(report, path)))
             runs.append(("llama-cpp-python", "shell", run.llama_cpp_python_command(report, path)))
-            runs.append(("Ollama", "shell", run.ollama_commands(report, path)))
+            runs.append(("Ollama", "shell", run.ollama_commands(report, path, n_parts=len(artifact["files"]))))
             runs.append(("LM Studio", "shell", f"lms import {shlex.quote(str(path))}"))
         else:
             folder = run.onnx_folder(path)

@@ -48,12 +48,18 @@ def llama_cpp_python_command(report: Report, path: Path) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def ollama_commands(report: Report, path: Path) -> str:
-    """Three lines of shell that give the file to Ollama, with the context that the budget was counted for."""
-    name = path.stem.lower()
-    lines = (f"FROM ./{path}", f"PARAMETER num_ctx {report['budget']['context']}")
+def ollama_commands(report: Report, path: Path, n_parts: int = 1) -> str:
+    """Three lines of shell that give the file to Ollama, with the context that the budget was counted for.
+
+    Ollama reads no parts: llama.cpp's own tool makes them one file before.
+    """
+    whole = path if n_parts == 1 else path.with_name(f"{path.stem.removesuffix(f'-00001-of-{n_parts:05}')}.gguf")
+    merge = [shlex.join(["llama-gguf-split", "--merge", str(path), str(whole)])] if n_parts > 1 else []
+    name = whole.stem.lower()
+    lines = (f"FROM ./{whole}", f"PARAMETER num_ctx {report['budget']['context']}")
     return "\n".join(
         (
+            *merge,
             f"printf '%s\\n' {shlex.join(lines)} > Modelfile",
             f"ollama create {shlex.quote(name)} -f Modelfile",
             f'ollama run {shlex.quote(name)} "{_PROMPT}"',

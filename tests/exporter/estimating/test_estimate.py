@@ -21,7 +21,7 @@ from exporter.estimating.needs import memory_lines
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan, Search
 from exporter.planning.plan_making import make_plan
-from exporter.planning.preflight import refuse_too_little_disk, refuse_too_little_memory
+from exporter.planning.preflight import refuse_to_cut_onnx, refuse_too_little_disk, refuse_too_little_memory
 from exporter.planning.recipe import FileChoice, Recipe
 from exporter.progress.views import PlainLines
 from exporter.run import run_job
@@ -375,6 +375,14 @@ def test_what_an_unfinished_run_has_written_is_not_needed_again(plan: Plan, tmp_
     with (work / "sparse").open("wb") as file:
         file.truncate(sum(disk_lines(large).values()))
     refuse_too_little_disk([large], work, large.out)
+
+
+def test_an_onnx_file_s_data_are_not_cut(plan: Plan) -> None:
+    n_bytes = plan.predictions["onnx"].file
+    refuse_to_cut_onnx(replace(plan, shard_bytes=n_bytes))
+    refuse_to_cut_onnx(replace(plan, shard_bytes=1, recipe=plan.recipe.model_copy(update={"onnx": None})))
+    with pytest.raises(InputError, match=r"--shard-size: an ONNX file's data are not cut.*--formats gguf"):
+        refuse_to_cut_onnx(replace(plan, shard_bytes=n_bytes - 1))
 
 
 class _Begun(Exception):

@@ -39,13 +39,18 @@ def test_an_export_for_this_cache_ends_well(
     recipe |= {"onnx": None, "recover": recipe["recover"] | {"rungs": []}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     out = tmp_path / "out"
-    result = run_command(toy_command(out, "--recipe", str(tmp_path / "recipe.yaml")))
+    result = run_command(toy_command(out, "--recipe", str(tmp_path / "recipe.yaml"), "--shard-size", "1MB"))
     assert result.returncode in (0, 4), result.stderr  # with so little text a check may fail
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert schema_errors(report) == []
     (row,) = (row for row in report["validation"] if row["artifact"] == "gguf")
     assert row["error"] is None
     assert row["routing"]["vs_torch_student"]["overlap"] > 0.8
+    (artifact,) = report["artifacts"]
+    assert artifact["path"].endswith(f"-00001-of-{len(artifact['files']):05}.gguf"), "it came in parts"
+    assert set(artifact["files"]) == {path.name for path in out.glob("*.gguf")}
+    assert artifact["bytes"] == sum(path.stat().st_size for path in out.glob("*.gguf"))
+    assert f"llama-cli -m {artifact['path']}" in (out / "README.md").read_text(encoding="utf-8")
     measured, predicted = report["budget"]["measured"]["gguf"], report["budget"]["predicted"]["gguf"]
     assert measured["buffers"]["kv_cache"] == pytest.approx(predicted["kv_cache"], rel=0.05)  # llama.cpp rounds
     assert 0 < measured["total"] <= predicted["total"]

@@ -70,6 +70,7 @@ def test_the_output_folder_is_named_after_the_model(model: str, name: str) -> No
         ({"formats": ""}, "--formats"),
         ({"context": 0}, "--context"),
         ({"kv_type": "q2_k"}, "--kv-type"),
+        ({"shard_size": "huge"}, "--shard-size"),
         ({"calibration": Path("no such folder")}, "--calibration"),
         ({"text": Path("no such file.txt")}, "--text"),
         ({"recipe": Path("no such recipe.yaml")}, "--recipe"),

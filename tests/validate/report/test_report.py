@@ -921,6 +921,9 @@ def test_ollamas_lines_write_a_modelfile(report: dict[str, Any], tmp_path: Path)
     subprocess.run(["sh", "-c", first], cwd=tmp_path, check=True)
     assert (tmp_path / "Modelfile").read_text() == "FROM ./it's 50%.gguf\nPARAMETER num_ctx 2048\n"
     assert [shlex.split(line)[1:3] for line in others] == [["create", "it's 50%"], ["run", "it's 50%"]]
+    merge, first, *_ = ollama_commands(report, Path("a b-00001-of-00003.gguf"), n_parts=3).splitlines()
+    assert shlex.split(merge) == ["llama-gguf-split", "--merge", "a b-00001-of-00003.gguf", "a b.gguf"]
+    assert "FROM ./a b.gguf" in first
     assert "ollama create" in render_model_card(report) and "lms import" in render_model_card(report)
 
 
