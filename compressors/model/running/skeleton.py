@@ -58,6 +58,7 @@ class Skeleton:
         if spec.mtp is not None:
             self.layers.append(self._mtp_layer(model))
         self.rotary = _rotary(model.model, config)
+        self.cache_argument = _cache_argument(self.layers[0])
         has_kinds = self.rotary is not None and _LAYER_TYPE in inspect.signature(self.rotary.forward).parameters
         self._rotary_kinds: Sequence[str] | None = model.config.layer_types if has_kinds else None
 
@@ -123,6 +124,11 @@ class Skeleton:
         for role in (Role.MTP_EMBEDDING_NORM, Role.MTP_STATE_NORM, Role.MTP_OUTPUT_NORM):
             module.add_module(MTP_MODULES[role], copy.deepcopy(self.final_norm))
         return self._fitted(module, index, model.config)
+
+
+def _cache_argument(layer: nn.Module) -> str:
+    """The name of a layer's argument for its cache: transformers 5.24 renamed it, and 5.40 drops the old name."""
+    return "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
 
 
 def _layer_like(mtp: LayerSpec, spec: ModelSpec) -> int:
