@@ -83,7 +83,9 @@ class Rows:
         self._positions_n = positions_n
         self._gathered: dict[tuple[str, int], torch.Tensor] = {}  # states, which a layer may change in place
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, **_others: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores each row's keys and values, [n, heads, 1, head_dim]; returns those of all positions of its text."""
         arrays = self._cache.arrays(layer, keys, values)
         for array, new in zip(arrays, (keys, values), strict=True):
@@ -122,7 +124,9 @@ class _Part:
         self._texts = texts
         self._first_position = first_position
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, **_others: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores keys and values of the next positions, [B, heads, t, head_dim]; returns those of all so far."""
         stop = self._first_position + keys.shape[2]
         all_keys, all_values = (array[self._texts] for array in self._cache.arrays(layer, keys, values))

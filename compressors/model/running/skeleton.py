@@ -51,6 +51,7 @@ class Skeleton:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, experts_implementation=GROUPED_EXPERTS
             )
+        _store_nothing_for_others(model)
         self.is_causal_by_itself: bool = model.config._attn_implementation == "sdpa"  # eager attention needs a mask
         self._like = [*range(spec.n_layers), *([] if spec.mtp is None else [_layer_like(spec.mtp, spec)])]
         self.final_norm: nn.Module = model.get_submodule(spec.tensor(Role.FINAL_NORM).submodule).eval()
@@ -58,6 +59,7 @@ class Skeleton:
         if spec.mtp is not None:
             self.layers.append(self._mtp_layer(model))
         self.rotary = _rotary(model.model, config)
+        self.cache_argument = _cache_argument(self.layers[0])
         has_kinds = self.rotary is not None and _LAYER_TYPE in inspect.signature(self.rotary.forward).parameters
         self._rotary_kinds: Sequence[str] | None = model.config.layer_types if has_kinds else None
 
@@ -123,6 +125,19 @@ class Skeleton:
         for role in (Role.MTP_EMBEDDING_NORM, Role.MTP_STATE_NORM, Role.MTP_OUTPUT_NORM):
             module.add_module(MTP_MODULES[role], copy.deepcopy(self.final_norm))
         return self._fitted(module, index, model.config)
+
+
+def _store_nothing_for_others(model: nn.Module) -> None:
+    """Stops layers from handing on keys and values that no layer takes, as transformers 5.24 lets some of them do."""
+    attentions = [module for module in model.modules() if hasattr(module, "store_full_length_kv")]
+    if not any(module.is_kv_shared_layer for module in attentions):
+        for module in attentions:
+            module.store_full_length_kv = False  # type: ignore[assignment]
+
+
+def _cache_argument(layer: nn.Module) -> str:
+    """The name of a layer's argument for its cache: transformers 5.24 renamed it, and 5.40 drops the old name."""
+    return "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
 
 
 def _layer_like(mtp: LayerSpec, spec: ModelSpec) -> int:

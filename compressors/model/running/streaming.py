@@ -163,7 +163,7 @@ class StreamedModel:
         rotary = self._skeleton.position_embeddings(self._indices[layer], hidden_BTD, positions)
         mixer = self.spec.blocks[self._indices[layer]].mixer
         mask = layer_mask(mixer, place, hidden_BTD, is_causal_by_itself=self._skeleton.is_causal_by_itself)
-        others: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache}
+        others: dict[str, Any] = {"attention_mask": mask, self._skeleton.cache_argument: cache}
         if rotary is not None:
             others["position_embeddings"] = rotary
         trained = self._stand_ins(layer, hidden_BTD.dtype)
