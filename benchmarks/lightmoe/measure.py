@@ -33,8 +33,9 @@ from validate.runtimes.torch import TorchBackend
 __all__ = ["BLOCKS_PER_STEP", "HELDOUT_CHUNKS", "TRAINING_BLOCKS", "Measured", "load", "measure_into", "prepare"]
 
 _TEXT = Path(__file__).parents[2] / "exporter/demo/text"
-TRAINING_BLOCKS = 64
-"""Blocks of 512 tokens, 32,768 in all: the budget of every training, and the text of the statistics."""
+CALIBRATION_BLOCKS = 64
+TRAINING_BLOCKS = 32
+"""Blocks of 512 tokens, 16,384 in all, of the text of the statistics: the budget of every training."""
 
 BLOCKS_PER_STEP = 1
 HELDOUT_CHUNKS = 20
@@ -63,7 +64,7 @@ def prepare(model: str, folder: Path) -> None:
     _settle()
     source = open_source(MODELS[model])
     calibration, _, heldout = tokenize(read_splits(_TEXT / "calibration", _TEXT / "heldout"), source.tokenizer_folder)
-    spread_BT = calibration.spread(TRAINING_BLOCKS).tokens_BT
+    spread_BT = calibration.spread(CALIBRATION_BLOCKS).tokens_BT
     training_BT = spread_BT[torch.randperm(len(spread_BT), generator=torch.Generator().manual_seed(0))]
     heldout_BT = heldout.spread(HELDOUT_CHUNKS).tokens_BT
     student = Student.teacher(source)

@@ -6,12 +6,13 @@ Each step is tried in its smallest form on the model's description, and the capa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compressors.model.description.spec import ModelSpec, MoeSize
 from compressors.model.errors import UnsupportedError
 from compressors.shrink.dense import check_dense
 from compressors.shrink.registry import EXPERT_METHODS, expert_counts
+from compressors.shrink.replace import FEWEST_ON_A_BASE, Replacement, spread
 from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refusal
@@ -88,6 +89,13 @@ def _factors(spec: ModelSpec) -> ModelSpec:
     return resulting_spec(spec, _sizes(spec))
 
 
+def _replaced_experts(spec: ModelSpec) -> ModelSpec:
+    sizes = _sizes(spec)
+    numbers = Replacement(FEWEST_ON_A_BASE * len(sizes), len(sizes), rank=1)
+    bases = spread(numbers, [size.n_experts for size in sizes])
+    return resulting_spec(spec, [replace(size, bases=each) for size, each in zip(sizes, bases, strict=True)])
+
+
 def _dense_student(spec: ModelSpec) -> ModelSpec:
     check_dense(spec)
     return resulting_spec(spec, [condensed_size(spec, spec.expert_width)] * len(layers_with_experts(spec)))
@@ -110,6 +118,7 @@ STEPS = (
     Step("fewer layers", "--method block-drop", _fewer_layers),
     Step("layers without experts", "--method layer-drop", _layers_without_experts),
     Step("experts as factors that are written out", "edit: svd, d2-moe or mobe", _factors),
+    Step("experts on shared bases", "--method lightmoe", _replaced_experts),
     Step("a dense student", "--student dense", _dense_student),
 )
 """All steps, in the order of docs/compression.md."""
