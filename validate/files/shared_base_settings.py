@@ -13,12 +13,12 @@ from compressors.model.description.spec import LayerSpec
 
 __all__ = ["attributes_beside_bases", "constants_of_bases"]
 
-_OURS = re.compile(r"layers\.\d+\.(bases|adapted|experts\.own)\.(?P<name>.*)")
+_OURS = re.compile(r"(layers\.\d+\.)?(bases|adapted|experts\.own)\.(?P<name>.*)")
 _INT64, _BOOL = onnx.TensorProto.INT64, onnx.TensorProto.BOOL
 _GATHERED_COLUMNS = ("weights", "gates", "logits", "row", "of_members", "own")
 """The last parts of the names of values that are gathered along their second axis."""
 _JOINED_COLUMNS = ("products",)
-_SPLIT_ROWS = re.compile(r"(inputs|column|hidden)\.\d+|sums\.\d+|.*adapter_b\.gate")
+_SPLIT_ROWS = re.compile(r"(inputs|column|.*sums(\.in_use)?)\.\d+|.*adapter_b\.gate")
 """The ends of the names of values that are cut along their first axis."""
 
 _ALLOWED = Mapping[str, tuple[Any, ...]]

@@ -54,6 +54,10 @@ class GraphBuilder:
         self._nodes.append(node)
         return outputs[0]
 
+    def once(self, name: str, add: Callable[[str], str]) -> str:
+        """Returns a value of the whole graph that several layers use: the first of them adds its node."""
+        return name if name in self._made else add(name)
+
     def choice(self, condition: str, output: str, *, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
         """Adds two ways to make a float32 value, one of which runs, and returns its name.
 

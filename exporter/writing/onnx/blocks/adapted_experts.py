@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.glu import add_glu
 from exporter.writing.onnx.weights import LayerNodes
 
-__all__ = ["Group", "add_adapted_experts", "add_zeros", "membership_of"]
+__all__ = ["Group", "Uses", "add_adapted_experts", "add_zeros", "cut_by_group", "membership_of"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,27 @@ class Group:
     members: tuple[int, ...]
 
 
+class Uses(NamedTuple):
+    """The products of bases with the tokens that they are used for.
+
+    Attributes:
+        products: by group: names of the products with gate and up, [uses, P F].
+        rows: by group: names of the tokens' places, [uses, 1]; None: every token uses every base.
+        counts: the name of the numbers of uses by group, [G], where not all tokens use all bases.
+    """
+
+    products: Sequence[str]
+    rows: Sequence[str] | None = None
+    counts: str | None = None
+
+
 def add_adapted_experts(
     layer: LayerNodes,
     routed: Routed,
     groups: Sequence[Group],
     tokens: tuple[str, str, str],
-    uses: tuple[Sequence[str], Sequence[str], str],
-) -> tuple[str, str]:
+    uses: Uses,
+) -> Sequence[str]:
     """Adds the experts' products but those of the bases.
 
     Args:
@@ -53,26 +68,28 @@ def add_adapted_experts(
         routed: the experts.
         groups: those that stand on bases, by base.
         tokens: names of the input [T, D], of the weights [T, experts on bases], and of a sum of outputs [T, D].
-        uses: names of the products of each group's base, [uses, P F], of the tokens' places, [uses, 1], and of the
-            numbers of uses by group, [G].
+        uses: the products of bases.
 
     Returns:
-        Names of the sums of neurons by weight, [U, F], group by group, and of the sum of outputs with those of all
-        adapters added.
+        By group the name of the sum of neurons by weight, [uses, F], and the name of the sum of outputs with those of
+        all adapters added.
     """
     experts = _Experts(layer, routed, groups, f"{layer.prefix}adapted")
-    graph, (states, weights, total), (products, rows, counts) = layer.graph, tokens, uses
+    graph = layer.graph
     for role in (routed.input_roles[0], Role.EXPERT_DOWN):
         layer.weights.use_factors(role, layer.index)
-    n_tokens = graph.node("Shape", [states], f"{layer.prefix}adapted.tokens", start=0, end=1)
-    is_one = graph.node("Equal", [n_tokens, graph.constant("ones", [1])], f"{layer.prefix}adapted.is_one")
-    hidden, summed = graph.choices(
+    is_one = graph.once("adapted.is_one", lambda name: _is_one_token(graph, tokens[0], name))
+    return graph.choices(
         is_one,
-        [f"{layer.prefix}adapted.hidden", f"{layer.prefix}adapted.sum"],
-        then=lambda: experts.of_one_token(states, weights, total, products, counts),
-        otherwise=lambda: experts.of_all_tokens(states, weights, total, products, rows),
+        [*(f"{layer.prefix}adapted.hidden.{number}" for number in range(len(groups))), f"{layer.prefix}adapted.sum"],
+        then=lambda: experts.of_one_token(*tokens, uses),
+        otherwise=lambda: experts.of_all_tokens(*tokens, uses),
     )
-    return hidden, summed
+
+
+def _is_one_token(graph: GraphBuilder, states: str, name: str) -> str:
+    n_tokens = graph.node("Shape", [states], f"{name}.number", start=0, end=1)
+    return graph.node("Equal", [n_tokens, graph.constant("ones", [1])], name)
 
 
 class _Experts:
@@ -86,33 +103,34 @@ class _Experts:
         self._rank = layer.spec.bases.rank
         self._size = layer.spec.expert_size
 
-    def of_one_token(
-        self, states: str, weights: str, total: str, products: Sequence[str], counts: str
-    ) -> tuple[str, str]:
+    def of_one_token(self, states: str, weights: str, total: str, uses: Uses) -> Sequence[str]:
         """Adds the shares of all experts that the only token chose, at a time."""
         graph, name = self._graph, f"{self._name}.one"
         found = graph.node("NonZero", [weights], f"{name}.found")
         experts = graph.node("Gather", [found, graph.constant("one", 1)], f"{name}.experts", axis=0)
-        of_base = self._products_of_bases(products, experts, counts, name)
+        of_base = self._products_of_bases(uses, experts, name)
         adapted = self._adapted_inputs(states, experts, name)
         hidden = self._hidden(graph.node("Add", [of_base, adapted], f"{name}.products"), name)
         row = graph.node("Gather", [weights, experts], f"{name}.row", axis=1)
         column = self._reshaped(row, f"{name}.weights", [-1, 1])
         weighed = graph.node("Mul", [hidden, column], f"{name}.weighed")
         summed = graph.node("Add", [total, self._adapted_outputs(weighed, experts, name)], f"{name}.sum")
-        return self._by_group(weighed, experts, counts, name), summed
+        return [*self._by_group(weighed, experts, uses.counts, name), summed]
 
-    def _products_of_bases(self, products: Sequence[str], experts: str, counts: str, name: str) -> str:
-        """The row of each chosen expert's base: [C, P F]. Groups that are used have one row each."""
+    def _products_of_bases(self, uses: Uses, experts: str, name: str) -> str:
+        """The row of each chosen expert's base: [C, P F]. Groups that the token uses have one row each."""
         graph = self._graph
         number = np.empty(sum(len(group.members) for group in self._groups))
         for place, group in enumerate(self._groups):
             number[list(group.members)] = place
-        groups = graph.node("Gather", [graph.constant("bases.group", number), experts], f"{name}.groups", axis=0)
-        used = graph.node("CumSum", [counts, graph.constant("zero", 0)], f"{name}.used")
-        places = graph.node("Sub", [used, graph.constant("one", 1)], f"{name}.places")
-        rows = graph.node("Gather", [places, groups], f"{name}.rows", axis=0)
-        joined = products[0] if len(products) == 1 else graph.node("Concat", products, f"{name}.of_bases", axis=0)
+        rows = graph.node("Gather", [graph.constant("bases.group", number), experts], f"{name}.groups", axis=0)
+        if uses.counts is not None:
+            used = graph.node("CumSum", [uses.counts, graph.constant("zero", 0)], f"{name}.used")
+            places = graph.node("Sub", [used, graph.constant("one", 1)], f"{name}.places")
+            rows = graph.node("Gather", [places, rows], f"{name}.rows", axis=0)
+        joined = uses.products[0]
+        if len(uses.products) > 1:
+            joined = graph.node("Concat", uses.products, f"{name}.of_bases", axis=0)
         return graph.node("Gather", [joined, rows], f"{name}.of_base", axis=0)
 
     def _adapted_inputs(self, states: str, experts: str, name: str) -> str:
@@ -138,37 +156,42 @@ class _Experts:
         b_RO = self._reshaped(b_CRO, f"{name}.down.rows", [-1, self._size])
         return graph.node("MatMul", [inner, b_RO], f"{name}.down.adapted")
 
-    def _by_group(self, weighed: str, experts: str, counts: str, name: str) -> str:
-        """The sum of neurons in each group that is used: [U, F]."""
+    def _by_group(self, weighed: str, experts: str, counts: str | None, name: str) -> list[str]:
+        """The sum of neurons in each group: [1, F], or [0, F] for one that the token does not use."""
         graph = self._graph
         membership = graph.constant("bases.membership", membership_of(self._groups), np.float32)
         members = graph.node("Gather", [membership, experts], f"{name}.members", axis=0)
         sums = graph.node("FusedMatMul", [members, weighed], f"{name}.sums", domain=MICROSOFT, transA=1)
+        if counts is None:
+            return cut_by_group(graph, sums, self._groups, None)
         is_used = graph.node("Cast", [counts], f"{name}.is_used", to=onnx.TensorProto.BOOL)
-        return graph.node("Compress", [sums, is_used], f"{sums}.in_use", axis=0)
+        in_use = graph.node("Compress", [sums, is_used], f"{sums}.in_use", axis=0)
+        return cut_by_group(graph, in_use, self._groups, counts)
 
-    def of_all_tokens(
-        self, states: str, weights: str, total: str, products: Sequence[str], rows: Sequence[str]
-    ) -> tuple[str, str]:
+    def of_all_tokens(self, states: str, weights: str, total: str, uses: Uses) -> Sequence[str]:
         """Adds the shares of each group's chosen experts, one expert after the other."""
         graph, name, hidden = self._graph, f"{self._name}.all", []
-        for number, (group, of_base, places) in enumerate(zip(self._groups, products, rows, strict=True)):
+        for number, (group, of_base) in enumerate(zip(self._groups, uses.products, strict=True)):
             members = graph.constant("bases.members", group.members)
             of_members = graph.node("Gather", [weights, members], f"{name}.{number}.of_members", axis=1)
-            neurons, total = self._of_group(f"{name}.{number}", members, of_members, (states, total, of_base, places))
+            places = None if uses.rows is None else uses.rows[number]
+            neurons, total = self._of_group(f"{name}.{number}", members, of_members, (states, total, of_base), places)
             hidden.append(neurons)
-        joined = hidden[0] if len(hidden) == 1 else graph.node("Concat", hidden, f"{name}.hidden", axis=0)
-        return joined, total
+        return [*hidden, total]
 
-    def _of_group(self, name: str, members: str, of_members: str, values: tuple[str, str, str, str]) -> tuple[str, str]:
+    def _of_group(
+        self, name: str, members: str, of_members: str, values: tuple[str, str, str], places: str | None
+    ) -> tuple[str, str]:
         """Goes through the experts that any token chose: [uses, F] and [T, D]."""
-        graph, (states, total, of_base, places) = self._graph, values
-        tokens = self._reshaped(places, f"{name}.tokens", [-1])
-        of_users = graph.node("Gather", [of_members, tokens], f"{name}.of_users", axis=0)
+        graph, (states, total, of_base) = self._graph, values
+        of_users = of_members
+        if places is not None:
+            tokens = self._reshaped(places, f"{name}.tokens", [-1])
+            of_users = graph.node("Gather", [of_members, tokens], f"{name}.of_users", axis=0)
         largest = graph.node("ReduceMax", [of_members, graph.constant("axis.0", [0])], f"{name}.largest", keepdims=0)
         present = self._reshaped(graph.node("NonZero", [largest], f"{name}.chosen"), f"{name}.present", [-1])
         trips = graph.node("Shape", [present], f"{name}.trips")
-        zeros = add_zeros(graph, tokens, self._routed.width, f"{name}.zeros")
+        zeros = add_zeros(graph, of_users, self._routed.width, f"{name}.zeros")
 
         def one_expert(number: str, sums: Sequence[str]) -> Sequence[str]:
             place = graph.node("Gather", [present, number], f"{name}.place", axis=0)
@@ -176,9 +199,10 @@ class _Experts:
             own = graph.node("Gather", [of_users, place], f"{name}.own", axis=1)
             found = graph.node("NonZero", [own], f"{name}.found")
             uses = graph.node("Transpose", [found], f"{name}.uses", perm=[1, 0])
-            of_tokens = graph.node(
-                "Gather", [places, self._reshaped(found, f"{name}.flat", [-1])], f"{name}.its", axis=0
-            )
+            of_tokens = uses
+            if places is not None:
+                rows = self._reshaped(found, f"{name}.rows", [-1])
+                of_tokens = graph.node("Gather", [places, rows], f"{name}.of_tokens", axis=0)
             inputs = graph.node("GatherND", [states, of_tokens], f"{name}.inputs")
             below = graph.node("GatherND", [of_base, uses], f"{name}.below")
             hidden = self._hidden(self._adapted_rows(inputs, expert, below, name), name)
@@ -234,6 +258,18 @@ def membership_of(groups: Sequence[Group]) -> npt.NDArray[np.float32]:
     for number, group in enumerate(groups):
         member_EG[list(group.members), number] = 1
     return member_EG
+
+
+def cut_by_group(graph: GraphBuilder, values: str, groups: Sequence[Group], counts: str | None) -> list[str]:
+    """Cuts rows into those of each group, so many as ``counts`` says; None: one of each."""
+    if len(groups) == 1:
+        return [values]
+    outputs = [f"{values}.{number}" for number in range(len(groups))]
+    if counts is None:
+        graph.node("Split", [values], outputs, axis=0, num_outputs=len(groups))
+    else:
+        graph.node("Split", [values, counts], outputs, axis=0)
+    return outputs
 
 
 def add_zeros(graph: GraphBuilder, rows: str, size: int, output: str) -> str:

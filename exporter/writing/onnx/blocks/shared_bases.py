@@ -1,6 +1,7 @@
 """Routed experts of which some stand on shared bases: each is a base plus a low-rank adapter of its own.
 
-No expert is multiplied out. A base multiplies the tokens that chose any of its experts, once each; the experts add
+No expert is multiplied out. A base multiplies the tokens that chose any of its experts, once each (small bases multiply
+all); the experts add
 their adapters' products (:mod:`exporter.writing.onnx.blocks.adapted_experts`). What leaves their neurons is added up by
 weight, because the last product is linear: the base multiplies the sum, once a token. Experts with matrices of their
 own go through ONNX Runtime's operator as usual; QMoE skips those whose weight is 0 (``moe_quantization_cpu.cc`` in
@@ -18,12 +19,21 @@ from compressors.model.description.feed_forward import Routed
 from compressors.model.description.roles import Role
 from compressors.model.description.shared_bases import SharedBases
 from compressors.model.files.onnx_names import EXPERTS_SUM, OWN_EXPERTS, WEIGHTS_OF_ALL
-from exporter.writing.onnx.blocks.adapted_experts import Group, add_adapted_experts, add_zeros, membership_of
+from exporter.writing.onnx.blocks.adapted_experts import (
+    Group,
+    Uses,
+    add_adapted_experts,
+    add_zeros,
+    cut_by_group,
+    membership_of,
+)
 from exporter.writing.onnx.blocks.operators import add_experts
 from exporter.writing.onnx.routing import OperatorRouting, add_masked_routing
 from exporter.writing.onnx.weights import LayerNodes
 
 __all__ = ["add_experts_on_bases"]
+
+_SMALL_VALUES = 1 << 19  # of a layer's bases; a step of the demo model takes a twentieth less time
 
 
 def add_experts_on_bases(layer: LayerNodes, routed: Routed, logits: str, normed: str, output: str) -> str:
@@ -45,7 +55,7 @@ def add_experts_on_bases(layer: LayerNodes, routed: Routed, logits: str, normed:
     states = graph.node("Reshape", [normed, shape], f"{prefix}experts.inputs")
     own = _add_own(layer, routed, bases, routing.logits, weights, states)
     total = _OnBases(layer, routed, bases).add(states, weights, own)
-    shape = graph.node("Shape", [normed], f"{prefix}experts.shape")
+    shape = graph.once("experts.shape", lambda name: graph.node("Shape", [normed], name))
     summed = graph.node("Reshape", [total, shape], f"{prefix}{EXPERTS_SUM}")
     return summed if routing.factor is None else graph.node("Mul", [summed, routing.factor], output)
 
@@ -94,24 +104,39 @@ class _OnBases:
         graph, name = self._graph, self._name
         replaced = graph.constant("bases.replaced", self._replaced)
         of_experts = graph.node("Gather", [weights, replaced], f"{name}.weights", axis=1)
-        tokens, counts = self._uses(of_experts)
-        inputs = graph.node("Gather", [states, tokens], f"{name}.inputs", axis=0)
-        column = graph.node("Reshape", [tokens, graph.constant("shape.column", [-1, 1])], f"{name}.column")
-        rows = self._by_group(column, counts)
-        products = [
-            self._products(group, of_group)
-            for group, of_group in zip(self._groups, self._by_group(inputs, counts), strict=True)
+        uses = self._all_uses(states) if self._are_small else self._chosen_uses(states, of_experts)
+        *hidden, total = add_adapted_experts(self._layer, self._routed, self._groups, (states, of_experts, own), uses)
+        downs = [
+            None if group.base == SharedBases.ZERO else self._product(Role.EXPERT_DOWN, group, of_group, of_group)
+            for group, of_group in zip(self._groups, hidden, strict=True)
         ]
-        hidden, total = add_adapted_experts(
-            self._layer, self._routed, self._groups, (states, of_experts, own), (products, rows, counts)
-        )
-        for group, of_group, places in zip(self._groups, self._by_group(hidden, counts), rows, strict=True):
-            if group.base != SharedBases.ZERO:
-                down = self._product(Role.EXPERT_DOWN, group, of_group)
+        if uses.rows is None:
+            return graph.node("Sum", [total, *filter(None, downs)], f"{name}.sum")
+        for down, places in zip(downs, uses.rows, strict=True):
+            if down is not None:
                 total = graph.node("ScatterND", [total, places, down], f"{down}.sum", reduction="add")
         return total
 
-    def _uses(self, weights: str) -> tuple[str, str]:
+    @property
+    def _are_small(self) -> bool:
+        """True if every base multiplies every token, because to find the tokens of each would take longer."""
+        return len(self._groups) * self._routed.input_rows * self._layer.spec.hidden_size <= _SMALL_VALUES
+
+    def _all_uses(self, states: str) -> Uses:
+        """Each base's products with all tokens."""
+        return Uses([self._products(group, states, f"{self._name}.{group.base}") for group in self._groups])
+
+    def _chosen_uses(self, states: str, weights: str) -> Uses:
+        """Each base's products with the tokens that chose any of its experts."""
+        graph, name = self._graph, self._name
+        tokens, counts = self._tokens(weights)
+        inputs = graph.node("Gather", [states, tokens], f"{name}.inputs", axis=0)
+        column = graph.node("Reshape", [tokens, graph.constant("shape.column", [-1, 1])], f"{name}.column")
+        by_group = zip(self._groups, cut_by_group(graph, inputs, self._groups, counts), strict=True)
+        products = [self._products(group, of_group, of_group) for group, of_group in by_group]
+        return Uses(products, cut_by_group(graph, column, self._groups, counts), counts)
+
+    def _tokens(self, weights: str) -> tuple[str, str]:
         """The tokens of all uses, group by group, [U], and how many each group has, [G]."""
         graph, name = self._graph, self._name
         membership = graph.constant("bases.membership", membership_of(self._groups), np.float32)
@@ -123,22 +148,13 @@ class _OnBases:
         places = graph.node("NonZero", [uses], f"{name}.places")
         return graph.node("Gather", [places, graph.constant("one", 1)], f"{name}.tokens", axis=0), counts
 
-    def _by_group(self, values: str, counts: str) -> list[str]:
-        """Cuts the rows of all uses into those of each group."""
-        if len(self._groups) == 1:
-            return [values]
-        outputs = [f"{values}.{number}" for number in range(len(self._groups))]
-        self._graph.node("Split", [values, counts], outputs, axis=0)
-        return outputs
-
-    def _products(self, group: Group, inputs: str) -> str:
+    def _products(self, group: Group, inputs: str, name: str) -> str:
         """The inputs times gate and up of a group's base, side by side, [uses, P F]; zeros without a base."""
         graph, routed = self._graph, self._routed
         if group.base != SharedBases.ZERO:
-            return self._product(routed.input_roles[0], group, inputs)
-        return add_zeros(graph, inputs, routed.input_rows, f"{inputs}.nothing")
+            return self._product(routed.input_roles[0], group, inputs, name)
+        return add_zeros(graph, inputs, routed.input_rows, f"{name}.nothing")
 
-    def _product(self, role: Role, group: Group, values: str) -> str:
-        return self._layer.weights.product_of_base(
-            role, self._layer.index, group.base, values, f"{values}.{role.name.lower()}"
-        )
+    def _product(self, role: Role, group: Group, values: str, name: str) -> str:
+        output = f"{name}.{role.name.lower()}"
+        return self._layer.weights.product_of_base(role, self._layer.index, group.base, values, output)
