@@ -33,9 +33,12 @@ class HubStandIn:
     def entries(self) -> list[dict[str, Any]]:
         """The files as the hub's API lists them."""
         return [
-            {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
-            for file in sorted(self.folder.iterdir())
+            {"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": name.replace("/", "-")}
+            for name in sorted(path.relative_to(self.folder).as_posix() for path in self._files())
         ]
+
+    def _files(self) -> Iterator[Path]:
+        return (path for path in self.folder.rglob("*") if path.is_file())
 
 
 @contextmanager
@@ -61,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub: HubStandIn = self.server.hub  # type: ignore[attr-defined]
         path = unquote(urlsplit(self.path).path)
         if path.startswith(f"/{REPOSITORY}/resolve/"):
-            self._send_file(hub, hub.folder / path.rpartition("/")[2])
+            self._send_file(hub, path.removeprefix(f"/{REPOSITORY}/resolve/").partition("/")[2])
         elif path.startswith(f"/api/models/{REPOSITORY}/tree/"):
             self._send_json(hub.entries())
         elif path in (
@@ -80,12 +83,13 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         self._send_json([entry for entry in hub.entries() if entry["path"] in unquote(asked)])
 
-    def _send_file(self, hub: HubStandIn, file: Path) -> None:
+    def _send_file(self, hub: HubStandIn, name: str) -> None:
+        file = hub.folder / name
         if not file.is_file():
             self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
         content = file.read_bytes()
-        headers = {"ETag": f'"{file.name}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{name.replace("/", "-")}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         status, part = 200, content
         if (wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))) is not None:
             first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
@@ -93,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
         self._send(status, part, headers)
         if self.command == "GET":
-            hub.sent[file.name] += len(part)
+            hub.sent[name] += len(part)
 
     def _send_json(self, data: Any) -> None:
         self._send(200, json.dumps(data).encode(), {"Content-Type": "application/json"})
