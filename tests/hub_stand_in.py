@@ -47,8 +47,8 @@ class HubStandIn:
     def entries(self) -> list[dict[str, Any]]:
         """The files as the hub's API lists them."""
         return [
-            {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
-            for file in sorted(self.folder.iterdir())
+            {"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": name.replace("/", "-")}
+            for name in sorted(path.relative_to(self.folder).as_posix() for path in self._files())
         ]
 
     def environment(self, cache: Path, **further: str) -> dict[str, str]:
@@ -56,6 +56,9 @@ class HubStandIn:
         hidden = ("HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HUGGINGFACE")
         kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(hidden)}
         return kept | {"HF_HOME": str(cache), "HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_XET": "1"} | further
+
+    def _files(self) -> Iterator[Path]:
+        return (path for path in self.folder.rglob("*") if path.is_file())
 
 
 @contextmanager
@@ -86,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub, path = self._hub, unquote(urlsplit(self.path).path)
         revisions = ("main", COMMIT, *hub.revisions)
         if path.startswith(f"/{REPOSITORY}/resolve/"):
-            self._send_file(hub.folder / path.rpartition("/")[2])
+            self._send_file(path.removeprefix(f"/{REPOSITORY}/resolve/").partition("/")[2])
         elif path.startswith(f"/api/models/{REPOSITORY}/tree/"):
             self._send_json(hub.entries())
         elif path in (f"/api/models/{REPOSITORY}", *(f"/api/models/{REPOSITORY}/revision/{r}" for r in revisions)):
@@ -168,12 +171,13 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self._hub.objects[value["oid"]]
         self._send_json({"commitUrl": f"{self._hub.endpoint}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
 
-    def _send_file(self, file: Path) -> None:
+    def _send_file(self, name: str) -> None:
+        file = self._hub.folder / name
         if not file.is_file():
             self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
         content = file.read_bytes()
-        headers = {"ETag": f'"{file.name}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{name.replace("/", "-")}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         status, part = 200, content
         if (wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))) is not None:
             first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
@@ -181,8 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
         sent = len(part)
         if self.command == "GET":
-            sent = self._hub.cut.pop(file.name, sent)
-            self._hub.sent[file.name] += sent
+            sent = self._hub.cut.pop(name, sent)
+            self._hub.sent[name] += sent
         self._send(status, part, headers, sent)
 
     def _send_json(self, data: Any) -> None:

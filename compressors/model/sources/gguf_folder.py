@@ -116,14 +116,13 @@ def _contents(path: Path, digest: str, settings: str) -> Mapping[str, bytes]:
 
 
 def _card(file: GgufFile) -> bytes:
-    """A model card with licence and ancestors alone."""
+    """A model card with licence and ancestors alone; empty where the file names neither."""
     entries: dict[str, Any] = {
         entry: file.metadata[key] for entry, key in _CARD.items() if isinstance(file.metadata.get(key), str)
     }
     if ancestors := _ancestors(file.metadata):
         entries["base_model"] = ancestors
-    front_matter = yaml.safe_dump(entries, allow_unicode=True) if entries else ""
-    return f"---\n{front_matter}---\n".encode()
+    return f"---\n{yaml.safe_dump(entries, allow_unicode=True)}---\n".encode() if entries else b""
 
 
 def _ancestors(metadata: Mapping[str, Any]) -> list[str]:

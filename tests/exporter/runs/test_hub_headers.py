@@ -11,7 +11,11 @@ from pathlib import Path
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.student import Student
 from exporter.cli import main
+from exporter.writing.gguf.writer import write_gguf
+from tests.gguf_copies import split_gguf
 from tests.hub_stand_in import COMMIT, REPOSITORY, HubStandIn, hub_stand_in
 
 _ROOT = Path(__file__).parents[3]
@@ -79,3 +83,23 @@ def test_a_gguf_file_is_not_downloaded_for_its_header(toy_model: Path, tmp_path:
         done = _run(hub, tmp_path / "cache", "fits", f"{REPOSITORY}/model-Q8_0.gguf")
     assert (done.returncode, sum(hub.sent.values())) == (2, 0)
     assert "would be downloaded whole" in done.stderr
+
+
+def test_all_parts_of_a_gguf_file_are_downloaded_and_nothing_else(toy_model: Path, tmp_path: Path) -> None:
+    """They lie in a folder of their type, as on the hub, beside the files of another type."""
+    whole = tmp_path / "model-Q8_0.gguf"
+    write_gguf(Student.teacher(open_source(toy_model)), "Q8_0", whole, name="model", threads=1)
+    (tmp_path / "hub" / "Q8_0").mkdir(parents=True)
+    first, second = split_gguf(whole, tmp_path / "hub" / "Q8_0" / "model-Q8_0", 2)
+    (tmp_path / "hub" / "model-Q4_0.gguf").write_bytes(b"GGUF")
+    flags = ("--budget", "90MB", "--quant", "Q8_0", "--experts", "16", "--formats", "gguf", "--recover", "none")
+    flags += ("--dry-run", "--json")
+    with hub_stand_in(tmp_path / "hub") as hub:
+        done = _run(hub, tmp_path / "cache", f"{REPOSITORY}/Q8_0/{first.name}", *flags)
+        there = _json(done)
+        missing = _run(hub, tmp_path / "cache", f"{REPOSITORY}/model-Q5_0.gguf", *flags)
+        assert hub.sent == {f"Q8_0/{part.name}": part.stat().st_size for part in (first, second)}
+    here = json.loads(CliRunner().invoke(main, [str(first), *flags]).stdout)
+    assert there == here
+    assert "model card" not in done.stderr
+    assert missing.returncode == 2 and "there is no file owner/model/model-Q5_0.gguf on the hub" in missing.stderr
