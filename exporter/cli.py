@@ -13,14 +13,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.quiet_libraries import leave_no_cache
+from exporter.options import (
+    EXPORT_FLAGS,
+    EXPORT_GROUPS,
+    FOLDER,
+    USUAL,
+    GroupedHelp,
+    flags,
+    help_all,
+    progress_flags,
+    progress_view,
+)
 from exporter.planning.flags import Flags
 from exporter.processes.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
 
@@ -28,6 +38,7 @@ __all__ = ["main"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+_WIDTH = 100  # columns of the help on a terminal that has as many
 _GOES_ON = "exporter.goes_on"  # in click's meta: an interrupted command keeps its work
 
 
@@ -87,95 +98,27 @@ def _garbage_stays() -> Iterator[None]:
         gc.enable()
 
 
-@click.group(cls=_DefaultCommand)
+@click.group(cls=_DefaultCommand, context_settings={"max_content_width": _WIDTH})
 @click.version_option(package_name="moe-export")
 def main() -> None:
     """Compress a Mixture-of-Experts model to a memory budget, write GGUF and ONNX, and prove that they work."""
 
 
-_FOLDER = click.Path(path_type=Path)
-_DEFINITIONS = {definition.name: definition for definition in fields(Flags)}
-_TYPES = get_type_hints(Flags)
-
-
-def _progress_flags(function: _Function) -> _Function:
-    """The options of a long command that say how it shows where it is: they belong to no job."""
-    for option in (
-        click.option("--quiet", is_flag=True, help="Show no progress, only results and errors."),
-        click.option(
-            "--progress",
-            type=click.Choice(["auto", "json"]),
-            default="auto",
-            show_default=True,
-            help="json: an event a line on stderr (docs/progress.md).",
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-def _progress_view(quiet: bool, progress: str) -> Any:
-    """Shows a run on the standard error as these options ask for; use it in a ``with`` statement."""
-    from exporter.progress.views import view_on_stderr
-
-    if quiet and progress == "json":
-        raise InputError("--quiet: --progress json asks for progress; leave one of them out")
-    return view_on_stderr(lambda line: click.echo(line, err=True), quiet=quiet, as_json=progress == "json")
-
-
-_EXPORT_FLAGS = (
-    *("budget", "budget_kind", "context", "kv_type", "formats", "out", "calibration", "text", "method", "experts"),
-    *("remove", "materialize", "student", "quant", "quantizer", "imatrix", "prefer", "plan_time", "recover"),
-    *("recover_time", "require", "recipe", "dry_run", "save_student", "shard_size", "push", "keep_mtp", "floors"),
-    *("memory", "device", "work_dir", "force", "offline"),
-    *("revision", "threads", "seed", "json"),
+@main.command(
+    cls=GroupedHelp,
+    groups=EXPORT_GROUPS,
+    usual=USUAL,
+    epilog="Other commands: moe-export fits | inspect | pareto MODEL; validate FILE; compare OUT...",
 )
-"""The flags of an export, in the order of ``--help``."""
-
-
-def _flags(*names: str, **helps: str) -> Callable[[_Function], _Function]:
-    """The options of a command, as :class:`~exporter.planning.flags.Flags` defines them.
-
-    Args:
-        names: the flags that the command takes, in the order of its help.
-        helps: by name, the help of a flag that differs in this command.
-    """
-
-    def add(function: _Function) -> _Function:
-        for name in reversed(names):
-            function = _option(name, helps.get(name))(function)
-        return function
-
-    return add
-
-
-def _option(name: str, help: str | None) -> Callable[[_Function], _Function]:
-    """A flag as an option, whose kind follows from the type of its values."""
-    definition = _DEFINITIONS[name]
-    kinds = {kind for kind in get_args(_TYPES[name]) or (_TYPES[name],) if kind is not NoneType}
-    is_flag, multiple = kinds == {bool}, definition.default == ()
-    return click.option(
-        f"--{name.replace('_', '-')}",
-        name,
-        default=definition.default,
-        show_default=definition.default is not None and not is_flag and not multiple,
-        is_flag=is_flag,
-        multiple=multiple,
-        type=_FOLDER if kinds == {Path} else int if kinds == {int} else None,
-        metavar=definition.metadata["metavar"],
-        help=help or definition.metadata["help"],
-    )
-
-
-@main.command(epilog="Other commands: moe-export fits | inspect | pareto MODEL; validate FILE; compare OUT...")
 @click.argument("model", required=False)
-@_flags(*_EXPORT_FLAGS)
+@flags(*EXPORT_FLAGS)
 @click.option("--verbose", is_flag=True, help="End with all figures, their intervals and floors.")
-@_progress_flags
+@progress_flags
+@help_all
 def export(verbose: bool, quiet: bool, progress: str, **arguments: Any) -> None:
     """Compress MODEL (a folder, a hub id or a GGUF file; without it a small bundled model) to the memory BUDGET."""
     _refuse_unknown_family(arguments["model"])
-    shown = _progress_view(quiet, progress)
+    shown = progress_view(quiet, progress)
     _refuse_choices_beside_a_recipe(arguments)
     with requests_wait():
         job = Flags(**arguments).job()  # it imports what it checks with
@@ -205,18 +148,18 @@ def export(verbose: bool, quiet: bool, progress: str, **arguments: Any) -> None:
 
 @main.command()
 @click.argument("model", required=False)
-@click.option("--out", type=_FOLDER, required=True, help="Output folder: a table and a plot.")
+@click.option("--out", type=FOLDER, required=True, help="Output folder: a table and a plot.")
 @click.option("--sizes", help="Mixes, sizes or shares of 16 bits, such as Q4_K_M,7GB,12%.  [default: eleven]")
-@_flags(
+@flags(
     *("calibration", "text", "recover_time", "memory", "device", "offline", "revision", "threads"),
     text="Held-out text to measure on.",
     recover_time="Most time for recovery, for each size.",
 )
-@_progress_flags
+@progress_flags
 def pareto(model: str | None, out: Path, sizes: str | None, quiet: bool, progress: str, **flags: Any) -> None:
     """Measure how MODEL's divergence grows as its GGUF file gets smaller, beside llama.cpp's presets."""
     _refuse_unknown_family(model)
-    shown = _progress_view(quiet, progress)
+    shown = progress_view(quiet, progress)
     with requests_wait():
         from exporter.curve.command import DEFAULT_SIZES, run_pareto
         from exporter.curve.table import pareto_table
@@ -231,7 +174,7 @@ def pareto(model: str | None, out: Path, sizes: str | None, quiet: bool, progres
 
 @main.command()
 @click.argument("model")
-@_flags("offline", "revision")
+@flags("offline", "revision")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> None:
     """Show layout, routing rule and sizes of MODEL; reads headers only."""
@@ -254,7 +197,7 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 @click.option("--budget", "budgets", metavar="SIZE[,...]", help="Other sizes of memory, such as 20GB.")
 @click.option("--vram", metavar="SIZE", help="Your graphics card's memory; with --ram, the file is shared by both.")
 @click.option("--ram", metavar="SIZE", help="Your computer's memory that a model may take.")
-@_flags("context", "kv_type", "offline", "revision")
+@flags("context", "kv_type", "offline", "revision")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fits(model: str, offline: bool, revision: str | None, as_json: bool, **flags: Any) -> None:
     """Show what MODEL would give on each machine: its size, what is kept, how good, how fast; reads headers only."""
@@ -272,20 +215,20 @@ def fits(model: str, offline: bool, revision: str | None, as_json: bool, **flags
 
 
 @main.command()
-@click.argument("file_or_folder", type=_FOLDER)
+@click.argument("file_or_folder", type=FOLDER)
 @click.option(
     "--against",
     metavar="MODEL",
     help="The original: a checkpoint's folder, a hub id, or another file.  [default: the one the report names]",
 )
-@_flags("text", text="Held-out text.  [default: the bundled one]")
+@flags("text", text="Held-out text.  [default: the bundled one]")
 @click.option(
     "--reference-logits",
-    type=_FOLDER,
+    type=FOLDER,
     help="In place of the original: the file of llama-perplexity --kl-divergence-base, with its text.",
 )
-@click.option("--save-reference-logits", type=_FOLDER, help="Write such a file of the original.")
-@_flags("threads")
+@click.option("--save-reference-logits", type=FOLDER, help="Write such a file of the original.")
+@flags("threads")
 @click.option(
     "--gpu-layers",
     type=click.IntRange(0, 2**31 - 1),
@@ -294,9 +237,9 @@ def fits(model: str, offline: bool, revision: str | None, as_json: bool, **flags
     help="Layers that llama.cpp puts on a GPU.",
 )
 @click.option("--providers", default="cpu", show_default=True, help="Where ONNX Runtime computes: cpu or cuda.")
-@_flags("require")
+@flags("require")
 @click.option(
-    "--tasks", type=_FOLDER, help="Tasks of lm-evaluation-harness to run too: a YAML file or a folder (extra: tasks)."
+    "--tasks", type=FOLDER, help="Tasks of lm-evaluation-harness to run too: a YAML file or a folder (extra: tasks)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def validate(file_or_folder: Path, as_json: bool, tasks: Path | None, **arguments: Any) -> None:
@@ -327,9 +270,9 @@ def validate(file_or_folder: Path, as_json: bool, tasks: Path | None, **argument
 
 
 @main.command()
-@click.argument("outputs", nargs=-1, required=True, type=_FOLDER, metavar="OUT...")
+@click.argument("outputs", nargs=-1, required=True, type=FOLDER, metavar="OUT...")
 @click.option(
-    "--out", type=_FOLDER, default="comparison.html", show_default=True, help="The page: a table and a Pareto plot."
+    "--out", type=FOLDER, default="comparison.html", show_default=True, help="The page: a table and a Pareto plot."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(outputs: tuple[Path, ...], out: Path, as_json: bool) -> None:
@@ -365,7 +308,7 @@ def _refuse_unknown_family(model: str | None) -> None:
 
 def _refuse_choices_beside_a_recipe(arguments: Mapping[str, Any]) -> None:
     context = click.get_current_context()
-    in_recipe = (name for name, definition in _DEFINITIONS.items() if definition.metadata.get("in_recipe"))
+    in_recipe = (definition.name for definition in fields(Flags) if definition.metadata.get("in_recipe"))
     for name in in_recipe if arguments["recipe"] else ():
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             flag = f"--{name.replace('_', '-')}"

@@ -11,7 +11,7 @@ from exporter.planning.flags import Flags, PlainFlags
 from exporter.planning.job import Job
 from exporter.planning.recipe import Recipe
 
-_HOW_IT_IS_SHOWN = {"verbose", "quiet", "progress"}  # options of the command line alone
+_HOW_IT_IS_SHOWN = {"verbose", "quiet", "progress", "help_all"}  # options of the command line alone
 
 
 def test_the_command_line_has_every_flag_with_its_default() -> None:
