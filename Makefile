@@ -1,6 +1,7 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint fuzz bench bench-export damage floors latent lightmoe prediction quality peers pareto scale whole-run start
+.PHONY: demo test lint package fuzz bench bench-export damage docs floors latent lightmoe prediction quality peers pareto \
+	scale tutorial whole-run start
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,6 +22,26 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# The site of the documentation, in site/: broken links are errors.
+docs: .venv/installed
+	$(INSTALL) '.[cpu,docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Every command of docs/tutorial.md prints what the page shows; minutes.
+tutorial: .venv/installed-dev
+	$(BIN)/python -m docs.tutorial_check
+
+# Wheel and sdist in dist/; the wheel, installed into an empty environment, inspects the bundled model and plans a run.
+package: .venv/installed-dev
+	rm -rf dist .venv-package
+	$(BIN)/python -m hatchling build
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls $(CURDIR)/dist/*.whl)[cpu]"
+	cd .venv-package && env -u PYTHONPATH bin/moe-export --version
+	cd .venv-package && env -u PYTHONPATH bin/moe-export inspect lib/python3*/site-packages/exporter/demo/model
+	cd .venv-package && env -u PYTHONPATH bin/moe-export --budget 4.5MB --budget-kind file --dry-run
+	cd .venv-package && env -u PYTHONPATH bin/optimum-cli export moe --version
 
 # Thousands of damaged files, flags and folders, for every reader and for whole commands: INPUTS=5000 SEED=1.
 fuzz: .venv/installed-dev

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -41,10 +42,36 @@ def test_the_wheel_holds_the_packages_the_model_and_the_text(wheel: Path) -> Non
         for file in bundled:
             assert archive.read(file.relative_to(_REPOSITORY).as_posix()) == file.read_bytes()
         assert archive.read(_REGISTERED.as_posix()) == (_REPOSITORY / "exporter/optimum_command.py").read_bytes()
+    assert {f"{package}/py.typed" for package in ("exporter", "compressors", "validate")} <= names
     top_level = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top_level == {"exporter", "compressors", "validate", "optimum"}
     # A file of ours inside optimum other than this one could overwrite one of theirs.
     assert [name for name in names if name.startswith("optimum/")] == [_REGISTERED.as_posix()]
+
+
+def test_the_sdist_holds_the_same_packages(wheel: Path, tmp_path: Path) -> None:
+    """A wheel built from it is the wheel that is built from the repository."""
+    _run(["-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)], cwd=_REPOSITORY)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as source, zipfile.ZipFile(wheel) as built:
+        held = {name.partition("/")[2] for name in source.getnames()}
+        needed = {name for name in built.namelist() if ".dist-info/" not in name and not name.startswith("optimum/")}
+        assert needed <= held
+    assert {"pyproject.toml", "constraints.txt", "LICENSE", "README.md", "examples/README.md"} <= held
+
+
+def test_the_installed_command_works_by_itself(installed: Path) -> None:
+    (metadata,) = installed.glob("moe_export-*.dist-info")
+    run = "from exporter.cli import main; import exporter; print(exporter.__file__); main(prog_name='moe-export')"
+    printed = _run(["-c", run, "--version"], cwd=installed)
+    assert str(installed) in printed and metadata.name.removesuffix(".dist-info").partition("-")[2] in printed
+    plan = [
+        *("--budget", "20MB", "--budget-kind", "file", "--quant", "Q4_0"),
+        "--dry-run",
+        "--out",
+        str(installed / "out"),
+    ]
+    assert "recipe: " in _run(["-c", run, *plan], cwd=installed)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"]])
