@@ -1,6 +1,6 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint fuzz bench bench-export damage floors latent prediction quality peers pareto scale whole-run start
+.PHONY: demo test lint fuzz bench bench-export damage floors latent lightmoe prediction quality peers pareto scale whole-run start
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -52,6 +52,10 @@ floors: .venv/installed-dev
 # The whole run on a small trained model with latent attention: pruned, recovered, quantized, in both runtimes; minutes.
 latent: .venv/installed-dev
 	$(BIN)/python -m benchmarks.latent
+
+# Replaced experts beside every other family at equal bytes, with and without the same training: an hour.
+lightmoe: .venv/installed-dev
+	$(BIN)/python -m benchmarks.lightmoe
 
 # Predicted against measured divergence of mixed types on both trained models: ten minutes.
 prediction: .venv/installed-dev

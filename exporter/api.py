@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 from exporter.planning.flags import Flags
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from exporter.run import Result
 
-__all__ = ["Flags", "export", "fits", "inspect", "validate"]
+__all__ = ["Flags", "export", "fits", "inspect", "load_student", "validate"]
 
 
 def _nobody(_text: str) -> None:
@@ -104,6 +106,23 @@ def fits(
 
     chosen = machines_of(",".join(machines), ",".join(budgets), vram, ram)
     return fits_data(run_fits(str(model), revision, offline=offline, machines=chosen, context=context, kv_type=kv_type))
+
+
+def load_student(path: str | Path) -> PreTrainedModel:
+    """Loads a student that a run saved (``--save-student``), as a module of transformers.
+
+    Stock transformers loads most such folders too. Experts that stand on shared bases (docs/lightmoe.md) only this
+    function puts together: the module's experts are whole, and nothing in the folder is run.
+
+    Args:
+        path: the folder ``student`` of a run, or any folder of a checkpoint.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    from exporter.saved_student import load
+
+    return load(Path(path))
 
 
 def validate(path: str | Path, **how: Any) -> dict[str, Any]:

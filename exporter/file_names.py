@@ -143,6 +143,8 @@ MODEL_CARD = "README.md"
 SUMS = "SHA256SUMS"
 ONNX_WEIGHTS = (f"{ONNX_FOLDER.name}/{MODEL_FILE}", f"{ONNX_FOLDER.name}/{DATA_FILE}")
 """The graph and its weights."""
+SHARED_BASES = "shared_bases.json"
+"""In a saved student's folder: the experts that stand on shared bases, by layer."""
 CURVE_TABLE = "pareto.md"
 CURVE_PLOT = "pareto.png"
 CURVE_PAGE = "pareto.html"

@@ -121,7 +121,7 @@ def taught_bytes(plan: Plan) -> int:
 
 
 def _rung_bytes(plan: Plan, rung: RungChoice) -> int:
-    if rung.scope == "adapters":
+    if rung.scope in ("adapters", "replaced"):
         return training_bytes(scope_of(rung), plan.student_spec).weights
     routers = 4 * _router_values(plan.student_spec)
     return routers if rung.scope in ("router", "norms") else routers + expert_bytes(plan)

@@ -40,7 +40,7 @@ from exporter.planning.recipe import (
 from exporter.planning.recovery import CALIBRATION_BLOCKS, RefusedRung, check_after_quantizing
 from exporter.searching.ladder import ladder, machine_for
 from exporter.searching.outlook import outlook_of, outlooks, refuse_unless_something_fits
-from exporter.searching.structures import structures_for, whole, with_experts
+from exporter.searching.structures import replacements, structures_for, whole, with_experts
 from exporter.writing.files import sha256_of
 
 __all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "open_recipe", "predict_recipe", "wanted_blocks"]
@@ -51,6 +51,7 @@ def _onnx_presets(quant: str) -> Sequence[str]:
     return ("F32",) if quant in ("F32", "BF16", "F16") else ("Q4_0", "F32")
 
 
+_REPLACED_STEP = 1 / 50  # of the shares of the experts that replacing may remove
 _SELECTION_BLOCKS = 20
 HELDOUT_CHUNKS = 50
 """The number of chunks that the report measures, over all files."""
@@ -219,6 +220,8 @@ class _Pinned:
             if self._job.experts is not None:
                 _check_experts(self._job, self._checkpoint)
             return structures_for(self._job.search, spec)
+        if method == LIGHT_MOE.name and self._job.removed_share is None:
+            return list(replacements(spec, _REPLACED_STEP, apart=not self._job.materialize))
         if method == LIGHT_MOE.name:
             return structures_for(self._job.search, spec)
         if method == SLIM.name:

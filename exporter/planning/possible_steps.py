@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 from compressors.shrink.dense import check_dense
-from compressors.shrink.registry import EXPERT_METHODS, expert_counts
+from compressors.shrink.registry import EXPERT_METHODS, LIGHT_MOE, expert_counts
+from compressors.shrink.replace import FEWEST_ON_A_BASE
 from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refusal
@@ -89,6 +90,18 @@ def _factors(spec: ModelSpec) -> CompressChoice:
     return CompressChoice(experts=spec.n_experts, edit="svd", edit_size=1)
 
 
+def _replaced_experts(spec: ModelSpec) -> CompressChoice:
+    n_layers, n_replaced = len(layers_with_experts(spec)), FEWEST_ON_A_BASE
+    return CompressChoice(
+        experts=spec.n_experts,
+        edit=LIGHT_MOE.name,
+        edit_size=1,
+        replaced=n_replaced * n_layers,
+        bases=n_layers,
+        apart=True,
+    )
+
+
 def _dense_student(spec: ModelSpec) -> CompressChoice:
     check_dense(spec)
     return CompressChoice(experts=spec.n_experts, student="dense")
@@ -105,6 +118,7 @@ STEPS = (
     Step("fewer layers", "--method block-drop", _fewer_layers),
     Step("layers without experts", "--method layer-drop", _layers_without_experts),
     Step("experts as factors that are written out", "edit: svd, d2-moe or mobe", _factors),
+    Step("experts on shared bases", "--method lightmoe", _replaced_experts),
     Step("a dense student", "--student dense", _dense_student),
 )
 """All steps, in the order of docs/compression.md."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from compressors.model.description.shared_bases import SharedBases
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
 from compressors.model.files.raw_file import RawFile
@@ -129,10 +130,23 @@ class _Recipe(_Part):
     compress: _Compress
 
 
+class _SharedBases(_Part):
+    base_of: list[Annotated[int, Field(ge=SharedBases.ZERO, lt=_MOST_EXPERTS)] | None]
+    bases: _Number
+    rank: _Count
+
+
 class _Layer(_Part):
     source: Annotated[int, Field(ge=0, lt=_MOST_LAYERS)]
     groups: list[Annotated[list[_Number], Field(min_length=1)]]
     width: _Count | None
+    shared: _SharedBases | None = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> _Layer:
+        if self.shared is not None:
+            SharedBases.from_json(self.shared.model_dump()).check_against(len(self.groups))
+        return self
 
 
 class _ExpertMap(_Part):

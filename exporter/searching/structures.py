@@ -19,12 +19,13 @@ from exporter.planning.compression import layers_with_experts
 from exporter.planning.plan import Search
 from exporter.planning.recipe import CompressChoice
 
-__all__ = ["expected_loss", "replacing", "structures_for", "whole", "with_experts"]
+__all__ = ["expected_loss", "replacements", "replacing", "structures_for", "whole", "with_experts"]
 
 _METHOD = "reap"
 _EIGHTHS = range(7, 0, -1)  # eighths of the experts, or of their width, that may be left
 _WIDTH_MULTIPLE = 64  # narrower rows have no type below 4 bits that every llama.cpp of 2026 reads
 _LOSS_OF_HALF_REPLACED = 0.3  # nats after training
+_SEARCHED_STEP = 1 / 8  # of shares of the experts that replacing removes
 _LEAST_LAYERS = 8  # the fewest layers of which one in eight may go
 
 
@@ -42,8 +43,8 @@ def structures_for(search: Search, spec: ModelSpec) -> Sequence[CompressChoice]:
         return [with_experts(search.method, search.experts, spec)]
     if search.removed_share is not None:
         return [replacing(search.removed_share, spec, apart=not search.materialize)]
-    if search.materialize:
-        return [whole(spec), *_replacing(spec, apart=False)]
+    if search.method == LIGHT_MOE.name:
+        return list(replacements(spec, _SEARCHED_STEP, apart=not search.materialize))
     smaller = candidates_of(search.method, spec)
     return [whole(spec), *sorted(smaller, key=lambda choice: expected_loss(choice, spec))]
 
@@ -52,11 +53,15 @@ def candidates_of(method: str, spec: ModelSpec) -> Iterator[CompressChoice]:
     """The structures below the original that a method leads to; ``auto`` stands for all that are known to be good."""
     n_layers = len(layers_with_experts(spec))
     if method == "auto":
-        yield from (*_narrower(spec), *_fewer(_METHOD, spec), *_shorter(spec), *_both(spec), *_replacing(spec))
+        yield from (
+            *_narrower(spec),
+            *_fewer(_METHOD, spec),
+            *_shorter(spec),
+            *_both(spec),
+            *_replaced(spec),
+        )
     elif method == "slim":
         yield from _narrower(spec)
-    elif method == LIGHT_MOE.name:
-        yield from _replacing(spec)
     elif method == "block-drop":
         yield from (CompressChoice(experts=spec.n_experts, drop_blocks=n) for n in range(1, n_layers))
     elif method == "layer-drop":
@@ -90,6 +95,29 @@ def replacing(share: float, spec: ModelSpec, *, apart: bool = True) -> CompressC
     )
 
 
+def replacements(spec: ModelSpec, step: float, *, apart: bool = True) -> Iterator[CompressChoice]:
+    """Replaced experts for shares of all experts that rise by a step, as far as bases and adapters leave any to remove.
+
+    Raises:
+        InputError: not even the first share can be removed.
+    """
+    yield replacing(step, spec, apart=apart)
+    for number in range(2, math.ceil(1 / step)):
+        try:
+            yield replacing(number * step, spec, apart=apart)
+        except InputError:
+            return
+
+
+def _replaced(spec: ModelSpec) -> Iterator[CompressChoice]:
+    """Replaced experts for two shares of all, where bases and adapters leave so much to remove."""
+    for share in (0.25, 0.5):
+        try:
+            yield replacing(share, spec)
+        except InputError:
+            return
+
+
 def expected_loss(choice: CompressChoice, spec: ModelSpec) -> float:
     """The divergence, nats, that a structure is expected to have after training, before its weights are quantized.
 
@@ -109,15 +137,6 @@ def _replaced_share(choice: CompressChoice, spec: ModelSpec) -> float:
     if choice.replaced is None or choice.bases is None:
         return 0.0
     return (choice.replaced - choice.bases) / sum(layer.n_experts for layer in spec.layers)
-
-
-def _replacing(spec: ModelSpec, *, apart: bool = True) -> Iterator[CompressChoice]:
-    """Replaced experts for rising shares of all experts, as far as adapters and bases leave something to remove."""
-    for eighths in range(1, 8):
-        try:
-            yield replacing(eighths / 8, spec, apart=apart)
-        except InputError:
-            return
 
 
 def _taken(total: int, left: int | tuple[int, ...] | None) -> float:

@@ -14,10 +14,13 @@ import torch
 
 from compressors.model.config.reading import language_model_config
 from compressors.model.description.roles import Role
-from compressors.model.description.tensors import Fused, TensorSpec
+from compressors.model.description.shared_bases import SharedBases
+from compressors.model.description.tensors import Fused, Kind, TensorSpec
+from compressors.model.sources.adapters import adapter_names
 from compressors.model.sources.student import Student
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
+from exporter.file_names import SHARED_BASES
 from exporter.writing.files import write_atomically
 from exporter.writing.pieces import Piece, row_slices, write_pieces
 from exporter.writing.resumable import Part, is_published, resuming
@@ -37,7 +40,8 @@ def write_checkpoint(
 
     Args:
         student: the model to write; experts get its numbers and one tensor per projection, as on the hub. A
-            dense one becomes a checkpoint of the family's dense counterpart.
+            dense one becomes a checkpoint of the family's dense counterpart. Experts that stand on shared bases are
+            not written, but the bases and their adapters, which :func:`exporter.api.load_student` puts together.
         folder: the folder, which is created.
         resume: continue the files that an attempt for the same student left in ``folder``, and leave them there
             if this one fails. Without it the folder must not exist.
@@ -81,7 +85,7 @@ class _Tensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    sources: tuple[_Source | _FusedExpert, ...]
+    sources: tuple[_Source | _FusedExpert | _Factor, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -129,6 +133,24 @@ class _FusedExpert:
         return [slice(0, self.shape[0])]
 
 
+@dataclass(frozen=True)
+class _Factor:
+    """A base that experts stand on, or one of the two factors of their adapters.
+
+    Attributes:
+        read: reads its values.
+        shape: their shape.
+    """
+
+    read: Callable[[], torch.Tensor]
+    shape: tuple[int, ...]
+
+    @property
+    def slices(self) -> list[slice]:
+        """All rows at once."""
+        return [slice(0, self.shape[0])]
+
+
 def _outside_of_layers(student: Student) -> list[_Tensor]:
     return [_tensor(student, tensor) for tensor in student.spec.written.tensors]
 
@@ -139,12 +161,40 @@ def _layer(student: Student, layer: int) -> Iterator[_Tensor]:
     for tensor in written.shared_tensors:
         if not student.spec.tensor(tensor.role, layer).is_per_expert:
             yield _tensor(student, tensor, layer)
+    shared = student.shared(layer)
     for expert in range(student.spec.blocks[layer].n_experts):
         for tensor in written.tensors:
-            is_apart = tensor.fused is None or not tensor.fused.is_only_form
-            if student.spec.tensor(tensor.role, layer).is_per_expert and is_apart:
+            is_apart = tensor.fused is None or not tensor.fused.is_only_form or shared is not None
+            is_whole = shared is None or shared.base_of[expert] is None or tensor.kind is not Kind.MATRIX
+            if student.spec.tensor(tensor.role, layer).is_per_expert and is_apart and is_whole:
                 yield _tensor(student, tensor, layer, expert)
-    yield from _fused(student, layer)
+    if shared is None:
+        yield from _fused(student, layer)
+    else:
+        yield from _on_bases(student, layer, shared)
+
+
+def _on_bases(student: Student, layer: int, shared: SharedBases) -> Iterator[_Tensor]:
+    """The bases of a layer, once each, and the adapters of the experts on them, by their names in overlays."""
+    spec = student.spec.blocks[layer]
+    assert spec.routed is not None, "a layer with bases has experts"
+    for base in range(shared.n_bases):
+        for role in (*spec.routed.input_roles, Role.EXPERT_DOWN):
+            source = _Factor(partial(student.base, role, layer, base), student.spec.dimensions(role, layer))
+            yield _Tensor(student.base_name(role, layer, base), source.shape, student.expert_dtype, (source,))
+    for expert in shared.replaced:
+        for roles in (spec.routed.input_roles, (Role.EXPERT_DOWN,)):
+            rows, columns = student.spec.dimensions(roles[0], layer)
+            shapes = ((len(roles), shared.rank, columns), (len(roles), rows, shared.rank))
+            names = adapter_names(student.name(roles[0], layer, expert))
+            for factor, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+                read = partial(_read_factor, student, roles, layer, expert, factor)
+                yield _Tensor(name, shape, torch.float32, (_Factor(read, shape),))
+
+
+def _read_factor(student: Student, roles: Sequence[Role], layer: int, expert: int, factor: int) -> torch.Tensor:
+    """A (0) or B (1) of the matrices that an adapter is for."""
+    return torch.stack([student.adapter(role, layer, expert)[factor] for role in roles])
 
 
 def _fused(student: Student, layer: int) -> Iterator[_Tensor]:
@@ -211,12 +261,14 @@ def _header(tensors: Sequence[_Tensor]) -> bytes:
 
 
 def _read(
-    student: Student, source: _Source | _FusedExpert, dtype: torch.dtype, rows: slice, offset: int
+    student: Student, source: _Source | _FusedExpert | _Factor, dtype: torch.dtype, rows: slice, offset: int
 ) -> Callable[[], list[Part]]:
     if isinstance(source, _FusedExpert):
         values = torch.empty(source.shape, dtype=dtype)
         for part in source.parts:
             _layout(part).matrix(values).copy_(student.expert(part.role, source.layer, source.expert))
+    elif isinstance(source, _Factor):
+        values = source.read()
     elif source.expert is not None and source.layer is not None:
         values = student.expert(source.role, source.layer, source.expert)
     elif len(source.shape) == 1:
@@ -233,5 +285,9 @@ def _write_config(student: Student, folder: Path) -> None:
             if file.is_file():  # no folder, pipe or device
                 shutil.copyfile(file, folder / file.name)
     copy_tokenizer(source.tokenizer_folder, folder)
+    bases = [layer.bases for layer in student.spec.layers]
+    if any(bases):
+        layers = [None if shared is None else shared.to_json() for shared in bases]
+        write_atomically(folder / SHARED_BASES, json.dumps({"layers": layers}))
     written, config = student.spec.written, language_model_config(source.config)
     write_atomically(folder / "config.json", json.dumps(written.family.edited(written, config), indent=1))

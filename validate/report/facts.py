@@ -183,9 +183,19 @@ def what_is_left(report: Report) -> str:
         parts.append(f"{n_teacher} experts per layer merged into {n_student}")
     else:
         parts.append(f"{n_student} of {n_teacher} experts per layer")
+    n_replaced = sum(base is not None for layer in _shared_bases(report) for base in layer["base_of"])
+    if n_replaced:
+        n_bases = sum(layer["bases"] for layer in _shared_bases(report))
+        parts.append(f"{n_replaced} of them on {n_bases} shared bases")
     if student["expert_width"] < source["expert_width"]:
         parts.append(f"experts {student['expert_width']} of {source['expert_width']} wide")
     return ", ".join(parts)
+
+
+def _shared_bases(report: Report) -> list[Mapping[str, Any]]:
+    """The bases of each layer in which experts stand on some."""
+    layers = find(report, "student", "expert_map", "layers") or []
+    return [layer["shared"] for layer in layers if layer.get("shared")]
 
 
 def checks(report: Report) -> list[Mapping[str, Any]]:

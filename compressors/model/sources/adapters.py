@@ -18,7 +18,8 @@ from compressors.model.description.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdaptedExperts", "Without", "adapter_tensors", "factors_of", "holds_adapter", "holds_adapters"]
+__all__ = ["AdaptedExperts", "Without", "adapter_names", "adapter_tensors", "factors_of", "holds_adapter"]
+__all__ += ["holds_adapters"]
 
 _A, _B = ".adapter_a", ".adapter_b"
 
@@ -34,9 +35,14 @@ class _Matrix:
     part: int  # its number among these
 
 
+def adapter_names(first: str) -> tuple[str, str]:
+    """The names of A and of B of an adapter that is named after this matrix."""
+    return first + _A, first + _B
+
+
 def adapter_tensors(first: str, a_PRI: torch.Tensor, b_POR: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors of an overlay that hold an adapter, of one expert's matrices of which the first has this name."""
-    return {first + _A: a_PRI, first + _B: b_POR}
+    return dict(zip(adapter_names(first), (a_PRI, b_POR), strict=True))
 
 
 def factors_of(overlay: Mapping[str, torch.Tensor], first: str) -> tuple[torch.Tensor, torch.Tensor]:

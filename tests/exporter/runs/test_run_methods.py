@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from compressors.model.config.reading import read_spec
+from exporter import load_student
 
 Command = Callable[..., Sequence[str]]
 
@@ -85,3 +86,31 @@ def test_a_layer_without_experts_arrives_in_onnx(
         assert [layer is None for layer in layers] == [number == empty for number in range(2)]
     assert rows["onnx"]["perplexity"] == pytest.approx(rows["student"]["perplexity"], rel=0.1)
     assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_replaced_experts_arrive_in_onnx_and_in_the_saved_student(
+    tiny_recipe: Path, toy_command: Command, run_command: Run, tmp_path: Path
+) -> None:
+    """Bases and adapters are taught, written as predicted, and put together again by who loads the student."""
+    numbers = {"edit": "lightmoe", "edit_size": 8, "replaced": 29, "bases": 7, "apart": True}
+    rung = {"scope": "replaced", "blocks": 2, "blocks_per_step": 1, "learning_rate": 1e-4, "fade": 0.5}
+    recipe = _write_recipe(
+        tiny_recipe,
+        tmp_path,
+        {"experts": 32, "sample_blocks": 1, **numbers},
+        gguf=None,
+        onnx="Q4_0",
+        save_student=True,
+        recover={"rungs": [rung], "after_quantizing": None, "seed": 1},
+    )
+    report = _built(tmp_path / "out", recipe, toy_command, run_command)
+    shared = [layer.get("shared") for layer in report["student"]["expert_map"]["layers"]]
+    assert sum(base is not None for layer in shared if layer for base in layer["base_of"]) == 29
+    assert sum(layer["bases"] for layer in shared if layer) == 7
+    (artifact,) = report["artifacts"]
+    assert artifact["bytes"] == report["budget"]["predicted"]["onnx"]["file"]
+    assert [rung["rung"] for rung in report["recovery"]] == ["router + bases and adapters"]
+    rows = {row["artifact"]: row for row in report["validation"]}
+    assert rows["onnx"]["perplexity"] == pytest.approx(rows["student"]["perplexity"], rel=0.1)
+    assert "29 of them on 7 shared bases" in (tmp_path / "out" / "README.md").read_text()
+    assert sum(parameter.numel() for parameter in load_student(tmp_path / "out" / "student").parameters()) > 7_000_000

@@ -15,11 +15,15 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from compressors.model.description.roles import Role
+from compressors.model.description.shared_bases import SharedBases
+from compressors.model.errors import InputError
 from compressors.model.files.storage_type import StorageType
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
+from exporter import load_student
 from exporter.writing.hf_checkpoint import write_checkpoint
+from tests.exporter.writing.random_bases import on_random_bases
 
 
 @pytest.fixture(scope="module", params=["coarse", "fine"])
@@ -130,3 +134,31 @@ def test_a_source_that_transformers_5_saved_gives_the_same_student(student: Stud
     for expert in range(student.spec.n_experts):
         for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
             assert torch.equal(checkpoint.expert(role, 1, expert), student.expert(role, 1, expert))
+
+
+@torch.no_grad()
+def test_a_student_on_shared_bases_is_put_together_again(toy_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """The folder holds bases once and adapters, and no replaced expert; the loaded module is the student."""
+    (tmp_path / "toy").mkdir()
+    teacher = Student.teacher(Checkpoint(toy_checkpoint(tmp_path / "toy", n_layers=2)))
+    student = on_random_bases(teacher, SharedBases((None, 0, 1, 0, SharedBases.ZERO, *[None] * 27), 2, 3), 1)
+    write_checkpoint(student, tmp_path / "student")
+    shared = student.shared(1)
+    assert shared is not None
+    stored = {name for file in (tmp_path / "student").glob("*.safetensors") for name in load_file(file)}
+    for expert in range(student.spec.n_experts):
+        for role in (Role.EXPERT_GATE, Role.EXPERT_DOWN):
+            assert (student.name(role, 1, expert) in stored) == (shared.base_of[expert] is None)
+    assert sum(".bases." in name for name in stored) == 3 * shared.n_bases
+    assert sum(".adapter_" in name for name in stored) == 4 * len(shared.replaced)
+
+    tokens_BT = torch.arange(64).reshape(2, 32)
+    loaded = load_student(tmp_path / "student").float()
+    model = StreamedModel(student)
+    (states,) = model.stream([TokenGroup(tokens_BT)])
+    expected = torch.cat([logits for _, logits in model.logits_in_chunks(states, slice(0, 32))])
+    torch.testing.assert_close(loaded(tokens_BT).logits.flatten(0, 1), expected, atol=2e-4, rtol=1e-4)
+
+    (tmp_path / "student" / "shared_bases.json").write_text('{"layers": [null]}')
+    with pytest.raises(InputError, match="does not fit the tensors beside it"):
+        load_student(tmp_path / "student")
