@@ -32,8 +32,9 @@ from compressors.model.files.onnx_names import MODEL_FILE
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.onnx.writer import write_onnx
+from validate.runtimes.onnx_inputs import cache_shapes, sized
 
-__all__ = ["main"]
+__all__ = ["AnsweringModel", "main", "opened"]
 
 _RESULTS = Path(__file__).parent / "results"
 _SIZES: Mapping[str, Any] = {
@@ -61,7 +62,7 @@ _NODES, _OPERATOR = "GeGLU by nodes", "SwiGLU by QMoE"
 
 
 @dataclass
-class _Model:
+class AnsweringModel:
     """A file in ONNX Runtime, with the seconds of CPU time that it took."""
 
     session: onnxruntime.InferenceSession
@@ -81,10 +82,8 @@ class _Model:
         past = next(iter(cache.values())).shape[2] if cache else 0
         ids, mask = tokens_T[None], np.ones((1, past + len(tokens_T)), np.int64)
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": np.zeros_like(ids)}
-        for value in self.session.get_inputs():
-            if value.name.startswith("past"):
-                empty = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-                feeds[value.name] = cache.get(value.name, empty)
+        for name, shape in cache_shapes(self.session).items():
+            feeds[name] = cache.get(name, np.zeros(sized(shape, 1, 0), np.float32))
         names = [value.name for value in self.session.get_outputs()]
         start = time.thread_time()
         outputs = dict(zip(names, self.session.run(names, feeds), strict=True))
@@ -105,7 +104,7 @@ def main() -> None:
                 layers = tuple(map(_with_swiglu, checkpoint.spec.layers))
                 checkpoint.spec = replace(checkpoint.spec, layers=layers)
             write_onnx(Student.teacher(checkpoint), "Q4_0", Path(folder) / name, threads=1)
-            models[name] = _opened(Path(folder) / name / MODEL_FILE)
+            models[name] = opened(Path(folder) / name / MODEL_FILE)
         generator = np.random.default_rng(0)
         for _ in range(_ROUNDS):
             prompt_T, steps_N = (generator.integers(1, _SIZES["vocab_size"], n) for n in (_PROMPT, _STEPS))
@@ -130,15 +129,16 @@ def _with_swiglu(layer: LayerSpec) -> LayerSpec:
     return replace(layer, feed_forward=routed, tensors=tensors)
 
 
-def _opened(path: Path) -> _Model:
+def opened(path: Path) -> AnsweringModel:
+    """Loads a graph, for one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     start = time.thread_time()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return _Model(session, time.thread_time() - start)
+    return AnsweringModel(session, time.thread_time() - start)
 
 
-def _page(models: Mapping[str, _Model]) -> list[str]:
+def _page(models: Mapping[str, AnsweringModel]) -> list[str]:
     rows = [
         f"| {name} | {model.load:.1f} | {_milliseconds(model.prompt)} | {_milliseconds(model.steps)} |"
         for name, model in models.items()

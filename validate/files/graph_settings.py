@@ -287,7 +287,7 @@ def _gathered_rows(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, 
     return allowed | {"bits": (8 * codes.dims[-1] // length, None)} | _block_size(node, weights, 2, length)
 
 
-_ADAPTER_AXES = 3
+_ADAPTER_AXES = 4
 
 
 def _block_size(

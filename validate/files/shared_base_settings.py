@@ -17,8 +17,7 @@ _OURS = re.compile(r"(layers\.\d+\.)?(bases|adapted|experts\.own)\.(?P<name>.*)"
 _INT64, _BOOL = onnx.TensorProto.INT64, onnx.TensorProto.BOOL
 _GATHERED_COLUMNS = ("weights", "gates", "logits", "row", "of_members", "own")
 """The last parts of the names of values that are gathered along their second axis."""
-_JOINED_COLUMNS = ("products",)
-_SPLIT_ROWS = re.compile(r"(inputs|column|.*sums(\.in_use)?)\.\d+|.*adapter_b\.gate")
+_SPLIT_ROWS = re.compile(r"(inputs|column|.*sums(\.in_use)?)\.\d+|.*input\.adapted\.gate")
 """The ends of the names of values that are cut along their first axis."""
 
 _ALLOWED = Mapping[str, tuple[Any, ...]]
@@ -31,7 +30,6 @@ _OF_OPERATORS: Mapping[str, _ALLOWED] = {
     "ReduceMax": {"keepdims": (0,), "noop_with_empty_axes": (0, None)},
     "ReduceSum": {"keepdims": (0,), "noop_with_empty_axes": (0, None)},
     "GatherND": {"batch_dims": (0, None)},
-    "Gemm": {"alpha": (1.0, None), "beta": (1.0, None), "transA": (0, None), "transB": (0, None)},
     "Shape": {"start": (0, None), "end": (1, None)},
 }
 
@@ -49,11 +47,11 @@ def attributes_beside_bases(node: onnx.NodeProto) -> dict[str, tuple[Any, ...]]:
     if node.op_type == "Gather":
         allowed["axis"] = (1,) if last in _GATHERED_COLUMNS else (0, None)
     if node.op_type == "Concat":
-        allowed["axis"] = (1,) if last in _JOINED_COLUMNS else (0,)
+        allowed["axis"] = (0,)
     if node.op_type == "Split":
         allowed["axis"] = (0, None) if _SPLIT_ROWS.fullmatch(name) else (1,)
     if node.op_type == "FusedMatMul":
-        is_sum = last == "sums"
+        is_sum = last == "sums" or name == "one.input.adapted"
         allowed["transA"] = (1,) if is_sum else (0, None)
         allowed["transB"] = (0, None) if is_sum else (1,)
     if node.op_type == "ReduceSum" and last == "share":

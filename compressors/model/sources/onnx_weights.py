@@ -54,8 +54,8 @@ class Form(Enum):
 
     WHOLE = "whole"
     BASE = "bases"  # [bases, P O, I] for P matrices: gate and up, or one
-    INPUTS = "adapter_a"  # A of each expert that stands on a base: [experts, P R, I]
-    OUTPUTS = "adapter_b"  # B of each, transposed: [experts, P R, O]
+    INPUTS = "adapter_a"  # A of each expert that stands on a base: [experts, P, R, I]
+    OUTPUTS = "adapter_b"  # B of each, transposed: [experts, P, R, O]
 
     @property
     def is_adapter(self) -> bool:
@@ -143,7 +143,8 @@ def _factors(tensors: Sequence[TensorSpec], layer: LayerSpec, bases: SharedBases
     for form, numbers, shape in forms:
         if numbers:
             name = tensors[0].name.format(layer=index, expert=form.value)
-            whole = (len(numbers), len(tensors) * shape[0], shape[1])
+            of_each = (len(tensors), *shape) if form.is_adapter else (len(tensors) * shape[0], shape[1])
+            whole = (len(numbers), *of_each)
             yield OnnxWeight(name, roles, index, whole, form=form, numbers=numbers)
 
 

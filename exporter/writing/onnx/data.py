@@ -114,8 +114,9 @@ def _plan_rows(layout: TensorLayout) -> Iterator[_Rows]:
     """The weights in the file's order: whole experts, and slices of other matrices."""
     for weight in layout.weights:
         if layout.is_of_experts(weight):
-            rows_each = weight.shape[-2]
-            for place, number in enumerate(weight.numbers or (0,)):  # a dense feed-forward is the only expert
+            numbers = weight.numbers or (0,)  # a dense feed-forward is the only expert
+            rows_each = prod(weight.shape[:-1]) // len(numbers)
+            for place, number in enumerate(numbers):
                 yield _Rows(weight, number, slice(place * rows_each, (place + 1) * rows_each))
         else:
             for rows in row_slices(prod(weight.shape[:-1]), weight.shape[-1]):

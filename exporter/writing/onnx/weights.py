@@ -138,7 +138,7 @@ class WeightNodes:
                 self.scales(weight)
 
     def factor(self, role: Role, layer: int, form: Form, number: str, output: str) -> str:
-        """Factors of the adapters of experts: float32 [..., P R, columns], see :class:`Form`.
+        """Factors of the adapters of experts: float32 [..., P, R, columns], see :class:`Form`.
 
         Args:
             role: the role of a matrix.
@@ -159,7 +159,7 @@ class WeightNodes:
             bits=blocks.bits,
             block_size=blocks.block_size,
             gather_axis=0,
-            quantize_axis=2,
+            quantize_axis=len(weight.shape) - 1,
         )
 
     def linear(self, role: Role, layer: int | None, values: str, output: str, bias: Role | None = None) -> str:

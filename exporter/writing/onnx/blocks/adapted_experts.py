@@ -92,33 +92,52 @@ def _is_one_token(graph: GraphBuilder, states: str, name: str) -> str:
     return graph.node("Equal", [n_tokens, graph.constant("ones", [1])], name)
 
 
+class _Group(NamedTuple):
+    """The values that a loop over a group's experts reads: names."""
+
+    members: str  # the experts' places among those with adapters
+    present: str  # the numbers of those in the group that any token chose
+    weights: str  # of all tokens that use the base, [uses, members]
+    states: str  # the input of all tokens, [T, D]
+    of_base: str  # [uses, P F]
+    places: str | None  # of the tokens that use the base, [uses, 1]; None: all do
+
+
 class _Experts:
     def __init__(self, layer: LayerNodes, routed: Routed, groups: Sequence[Group], name: str) -> None:
-        assert layer.spec.bases is not None, f"layer {layer.index} has no bases"
         self._layer = layer
         self._graph = layer.graph
         self._routed = routed
         self._groups = groups
         self._name = name
-        self._rank = layer.spec.bases.rank
-        self._size = layer.spec.expert_size
 
     def of_one_token(self, states: str, weights: str, total: str, uses: Uses) -> Sequence[str]:
         """Adds the shares of all experts that the only token chose, at a time."""
         graph, name = self._graph, f"{self._name}.one"
         found = graph.node("NonZero", [weights], f"{name}.found")
         experts = graph.node("Gather", [found, graph.constant("one", 1)], f"{name}.experts", axis=0)
-        of_base = self._products_of_bases(uses, experts, name)
-        adapted = self._adapted_inputs(states, experts, name)
-        hidden = self._hidden(graph.node("Add", [of_base, adapted], f"{name}.products"), name)
+        of_base, adapted = self._products_of_bases(uses, experts, name), self._adapted_inputs(states, experts, name)
+        products = self._parts(graph.node("Add", [of_base, adapted], f"{name}.products"), axis=1)
+        hidden = self._hidden(products, name)
         row = graph.node("Gather", [weights, experts], f"{name}.row", axis=1)
-        column = self._reshaped(row, f"{name}.weights", [-1, 1])
-        weighed = graph.node("Mul", [hidden, column], f"{name}.weighed")
-        summed = graph.node("Add", [total, self._adapted_outputs(weighed, experts, name)], f"{name}.sum")
-        return [*self._by_group(weighed, experts, uses.counts, name), summed]
+        factors = self._reshaped(row, f"{name}.weights", [-1, 1, 1, 1])
+        weighed = graph.node("Mul", [hidden, factors], f"{name}.weighed")
+        outputs = self._adapted(weighed, Role.EXPERT_DOWN, experts, name)
+        axes = graph.constant("axes.0_1_2", [0, 1, 2])
+        summed = graph.node("ReduceSum", [outputs, axes], f"{name}.outputs", keepdims=0)
+        total = graph.node("Add", [total, summed], f"{name}.sum")
+        return [*self._by_group(weighed, experts, uses.counts, name), total]
+
+    def _adapted_inputs(self, states: str, experts: str, name: str) -> str:
+        """The token times the adapters of gate and up: [C, P, 1, F]. C may be 0, to which no product is broadcast."""
+        graph = self._graph
+        column = self._reshaped(states, f"{name}.column", [self._layer.spec.hidden_size, 1])
+        first, second = self._factors(self._routed.input_roles[0], experts, f"{name}.input")
+        inner = graph.node("MatMul", [first, column], f"{name}.input.inner")
+        return graph.node("FusedMatMul", [inner, second], f"{name}.input.adapted", domain=MICROSOFT, transA=1)
 
     def _products_of_bases(self, uses: Uses, experts: str, name: str) -> str:
-        """The row of each chosen expert's base: [C, P F]. Groups that the token uses have one row each."""
+        """The products of each chosen expert's base: [C, P, 1, F]. Groups that the token uses have one row each."""
         graph = self._graph
         number = np.empty(sum(len(group.members) for group in self._groups))
         for place, group in enumerate(self._groups):
@@ -131,37 +150,17 @@ class _Experts:
         joined = uses.products[0]
         if len(uses.products) > 1:
             joined = graph.node("Concat", uses.products, f"{name}.of_bases", axis=0)
-        return graph.node("Gather", [joined, rows], f"{name}.of_base", axis=0)
-
-    def _adapted_inputs(self, states: str, experts: str, name: str) -> str:
-        """The token's products with the adapters of gate and up: [C, P F]."""
-        graph, (role, *_), n_parts = self._graph, self._routed.input_roles, len(self._routed.input_roles)
-        column = self._reshaped(states, f"{name}.column", [self._size, 1])
-        a_CRI = self._factor(role, Form.INPUTS, experts, f"{name}.input")
-        inner = graph.node("MatMul", [a_CRI, column], f"{name}.input.inner")
-        inner = self._reshaped(inner, f"{name}.input.rows", [-1, n_parts, 1, self._rank])
-        b_CRO = self._factor(role, Form.OUTPUTS, experts, f"{name}.input")
-        b_CPRO = self._reshaped(b_CRO, f"{name}.input.parts", [-1, n_parts, self._rank, self._routed.width])
-        products = graph.node("MatMul", [inner, b_CPRO], f"{name}.input.products")
-        return self._reshaped(products, f"{name}.input.adapted", [-1, n_parts * self._routed.width])
-
-    def _adapted_outputs(self, weighed: str, experts: str, name: str) -> str:
-        """The sum of the adapters' products of down: [1, D]."""
-        graph = self._graph
-        column = self._reshaped(weighed, f"{name}.neurons", [-1, self._routed.width, 1])
-        a_CRI = self._factor(Role.EXPERT_DOWN, Form.INPUTS, experts, f"{name}.down")
-        inner = graph.node("MatMul", [a_CRI, column], f"{name}.down.inner")
-        inner = self._reshaped(inner, f"{name}.down.row", [1, -1])
-        b_CRO = self._factor(Role.EXPERT_DOWN, Form.OUTPUTS, experts, f"{name}.down")
-        b_RO = self._reshaped(b_CRO, f"{name}.down.rows", [-1, self._size])
-        return graph.node("MatMul", [inner, b_RO], f"{name}.down.adapted")
+        shape = [-1, len(self._routed.input_roles), 1, self._routed.width]
+        apart = self._reshaped(joined, f"{name}.of_bases.apart", shape)
+        return graph.node("Gather", [apart, rows], f"{name}.of_base", axis=0)
 
     def _by_group(self, weighed: str, experts: str, counts: str | None, name: str) -> list[str]:
         """The sum of neurons in each group: [1, F], or [0, F] for one that the token does not use."""
         graph = self._graph
         membership = graph.constant("bases.membership", membership_of(self._groups), np.float32)
         members = graph.node("Gather", [membership, experts], f"{name}.members", axis=0)
-        sums = graph.node("FusedMatMul", [members, weighed], f"{name}.sums", domain=MICROSOFT, transA=1)
+        neurons = self._reshaped(weighed, f"{name}.neurons", [-1, self._routed.width])
+        sums = graph.node("FusedMatMul", [members, neurons], f"{name}.sums", domain=MICROSOFT, transA=1)
         if counts is None:
             return cut_by_group(graph, sums, self._groups, None)
         is_used = graph.node("Cast", [counts], f"{name}.is_used", to=onnx.TensorProto.BOOL)
@@ -170,82 +169,89 @@ class _Experts:
 
     def of_all_tokens(self, states: str, weights: str, total: str, uses: Uses) -> Sequence[str]:
         """Adds the shares of each group's chosen experts, one expert after the other."""
-        graph, name, hidden = self._graph, f"{self._name}.all", []
+        graph, sums = self._graph, []
         for number, (group, of_base) in enumerate(zip(self._groups, uses.products, strict=True)):
+            name = f"{self._name}.all.{number}"
             members = graph.constant("bases.members", group.members)
-            of_members = graph.node("Gather", [weights, members], f"{name}.{number}.of_members", axis=1)
-            places = None if uses.rows is None else uses.rows[number]
-            neurons, total = self._of_group(f"{name}.{number}", members, of_members, (states, total, of_base), places)
-            hidden.append(neurons)
-        return [*hidden, total]
+            of_members = graph.node("Gather", [weights, members], f"{name}.of_members", axis=1)
+            places, of_users = None if uses.rows is None else uses.rows[number], of_members
+            if places is not None:
+                tokens = self._reshaped(places, f"{name}.tokens", [-1])
+                of_users = graph.node("Gather", [of_members, tokens], f"{name}.of_users", axis=0)
+            present = self._present(of_members, name)
+            values = _Group(members, present, of_users, states, of_base, places)
+            neurons, total = self._of_group(values, total, name)
+            sums.append(neurons)
+        return [*sums, total]
 
-    def _of_group(
-        self, name: str, members: str, of_members: str, values: tuple[str, str, str], places: str | None
-    ) -> tuple[str, str]:
-        """Goes through the experts that any token chose: [uses, F] and [T, D]."""
-        graph, (states, total, of_base) = self._graph, values
-        of_users = of_members
-        if places is not None:
-            tokens = self._reshaped(places, f"{name}.tokens", [-1])
-            of_users = graph.node("Gather", [of_members, tokens], f"{name}.of_users", axis=0)
-        largest = graph.node("ReduceMax", [of_members, graph.constant("axis.0", [0])], f"{name}.largest", keepdims=0)
-        present = self._reshaped(graph.node("NonZero", [largest], f"{name}.chosen"), f"{name}.present", [-1])
-        trips = graph.node("Shape", [present], f"{name}.trips")
-        zeros = add_zeros(graph, of_users, self._routed.width, f"{name}.zeros")
+    def _present(self, weights: str, name: str) -> str:
+        """The numbers of the experts that any token chose."""
+        graph = self._graph
+        largest = graph.node("ReduceMax", [weights, graph.constant("axis.0", [0])], f"{name}.largest", keepdims=0)
+        return self._reshaped(graph.node("NonZero", [largest], f"{name}.chosen"), f"{name}.present", [-1])
+
+    def _of_group(self, group: _Group, total: str, name: str) -> Sequence[str]:
+        """Goes through these experts: the sum of their neurons, [uses, F], and that of outputs, [T, D]."""
+        graph = self._graph
+        trips = graph.node("Shape", [group.present], f"{name}.trips")
+        zeros = add_zeros(graph, group.weights, self._routed.width, f"{name}.zeros")
 
         def one_expert(number: str, sums: Sequence[str]) -> Sequence[str]:
-            place = graph.node("Gather", [present, number], f"{name}.place", axis=0)
-            expert = graph.node("Gather", [members, place], f"{name}.expert", axis=0)
-            own = graph.node("Gather", [of_users, place], f"{name}.own", axis=1)
-            found = graph.node("NonZero", [own], f"{name}.found")
-            uses = graph.node("Transpose", [found], f"{name}.uses", perm=[1, 0])
-            of_tokens = uses
-            if places is not None:
-                rows = self._reshaped(found, f"{name}.rows", [-1])
-                of_tokens = graph.node("Gather", [places, rows], f"{name}.of_tokens", axis=0)
-            inputs = graph.node("GatherND", [states, of_tokens], f"{name}.inputs")
-            below = graph.node("GatherND", [of_base, uses], f"{name}.below")
-            hidden = self._hidden(self._adapted_rows(inputs, expert, below, name), name)
-            factors = graph.node("Gather", [own, uses], f"{name}.factors", axis=0)
-            weighed = graph.node("Mul", [hidden, factors], f"{name}.weighed")
-            inner = self._inner(weighed, Role.EXPERT_DOWN, expert, f"{name}.down")
-            outer = self._factor(Role.EXPERT_DOWN, Form.OUTPUTS, expert, f"{name}.down")
-            outputs = graph.node("MatMul", [inner, outer], f"{name}.down.adapted")
-            added = ((sums[0], uses, weighed), (sums[1], of_tokens, outputs))
-            return [graph.node("ScatterND", row, f"{row[0]}.and_one", reduction="add") for row in added]
+            return self._one_expert(group, number, sums, name)
 
-        neurons, summed = graph.loop(trips, [zeros, total], [f"{name}.neurons", f"{name}.sum"], one_expert)
-        return neurons, summed
+        return graph.loop(trips, [zeros, total], [f"{name}.neurons", f"{name}.sum"], one_expert)
 
-    def _adapted_rows(self, inputs: str, expert: str, below: str, name: str) -> str:
-        """The base's products with those of an expert's adapters of gate and up added: [N, P F]."""
-        graph, roles = self._graph, self._routed.input_roles
-        inner = self._inner(inputs, roles[0], expert, f"{name}.input")
-        outer = self._factor(roles[0], Form.OUTPUTS, expert, f"{name}.input")
-        if len(roles) == 1:
-            return graph.node("Gemm", [inner, outer, below], f"{name}.input.products")
-        parts = zip(*(self._halves(value, axis) for value, axis in ((inner, 1), (outer, 0), (below, 1))), strict=True)
-        both = [graph.node("Gemm", part, f"{part[0]}.product") for part in parts]
-        return graph.node("Concat", both, f"{name}.input.products", axis=1)
+    def _one_expert(self, group: _Group, number: str, sums: Sequence[str], name: str) -> Sequence[str]:
+        """Adds an expert's neurons by weight to the first sum, and its adapter's products with them to the second."""
+        graph = self._graph
+        member = graph.node("Gather", [group.present, number], f"{name}.member", axis=0)
+        expert = graph.node("Gather", [group.members, member], f"{name}.expert", axis=0)
+        own = graph.node("Gather", [group.weights, member], f"{name}.own", axis=1)
+        found = graph.node("NonZero", [own], f"{name}.found")
+        uses = graph.node("Transpose", [found], f"{name}.uses", perm=[1, 0])
+        tokens = uses
+        if group.places is not None:
+            rows = self._reshaped(found, f"{name}.rows", [-1])
+            tokens = graph.node("Gather", [group.places, rows], f"{name}.its_tokens", axis=0)
+        inputs = graph.node("GatherND", [group.states, tokens], f"{name}.inputs")
+        of_base = graph.node("GatherND", [group.of_base, uses], f"{name}.of_base")
+        adapted = self._adapted(inputs, self._routed.input_roles[0], expert, name)
+        parts = zip(self._parts(of_base, axis=1), self._parts(adapted, axis=0), strict=True)
+        hidden = self._hidden([graph.node("Add", pair, f"{pair[1]}.product") for pair in parts], name)
+        factors = graph.node("Gather", [own, uses], f"{name}.factors", axis=0)
+        weighed = graph.node("Mul", [hidden, factors], f"{name}.weighed")
+        outputs = self._adapted(weighed, Role.EXPERT_DOWN, expert, name)
+        added = (
+            (sums[0], uses, self._reshaped(weighed, f"{name}.neurons_of_it", [-1, self._routed.width])),
+            (sums[1], tokens, self._reshaped(outputs, f"{name}.outputs", [-1, self._layer.spec.hidden_size])),
+        )
+        return [graph.node("ScatterND", each, f"{each[0]}.and_one", reduction="add") for each in added]
 
-    def _inner(self, values: str, role: Role, expert: str, name: str) -> str:
-        """The values of one expert's tokens times the first factors of its adapters: [N, P R]."""
-        factor = self._factor(role, Form.INPUTS, expert, name)
-        return self._graph.node("FusedMatMul", [values, factor], f"{name}.inner", domain=MICROSOFT, transB=1)
+    def _adapted(self, values: str, role: Role, experts: str, name: str) -> str:
+        """The values times the adapters of gate and up, or of down: [C, P, 1, outputs] or [P, N, outputs]."""
+        graph, name = self._graph, f"{name}.{'down' if role is Role.EXPERT_DOWN else 'input'}"
+        first, second = self._factors(role, experts, name)
+        inner = graph.node("FusedMatMul", [values, first], f"{name}.inner", domain=MICROSOFT, transB=1)
+        return graph.node("MatMul", [inner, second], f"{name}.adapted")
 
-    def _hidden(self, products: str, name: str) -> str:
-        """The neurons of the products of gate and up, which lie side by side, or of up alone."""
-        glu = self._routed.glu
-        gate, up = self._halves(products, 1) if glu.is_gated else (None, products)
-        return add_glu(self._graph, glu, gate, up, name)
+    def _factors(self, role: Role, experts: str, name: str) -> tuple[str, str]:
+        first, second = (
+            self._layer.weights.factor(role, self._layer.index, form, experts, f"{name}.{form.value}")
+            for form in (Form.INPUTS, Form.OUTPUTS)
+        )
+        return first, second
 
-    def _halves(self, values: str, axis: int) -> list[str]:
-        outputs = [f"{values}.gate", f"{values}.up"]
-        self._graph.node("Split", [values], outputs, axis=axis, num_outputs=2)
+    def _parts(self, products: str, axis: int) -> list[str]:
+        """The products of gate and of up, or those of up alone."""
+        if not self._routed.glu.is_gated:
+            return [products]
+        outputs = [f"{products}.gate", f"{products}.up"]
+        self._graph.node("Split", [products], outputs, axis=axis, num_outputs=2)
         return outputs
 
-    def _factor(self, role: Role, form: Form, experts: str, name: str) -> str:
-        return self._layer.weights.factor(role, self._layer.index, form, experts, f"{name}.{form.value}")
+    def _hidden(self, products: Sequence[str], name: str) -> str:
+        *gate, up = products
+        return add_glu(self._graph, self._routed.glu, gate[0] if gate else None, up, name)
 
     def _reshaped(self, values: str, output: str, shape: Sequence[int]) -> str:
         name = "_".join(map(str, shape)).replace("-1", "all")

@@ -18,6 +18,7 @@ from compressors.model.description.shared_bases import SharedBases
 from compressors.model.errors import InputError
 from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import Student
+from exporter.writing.onnx.blocks import shared_bases
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.encodings import onnx_units
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, plan_tensors
@@ -39,10 +40,11 @@ _ZERO = SharedBases.ZERO
 _STANDS: dict[str, tuple[str, Sequence[int | None], int]] = {
     "two bases": ("fine", (*[None] * 12, *[0, 1] * 10), 8),
     "a base and none": ("coarse", (None, _ZERO, 0, 0, _ZERO, 0, 0, 0), 8),
-    "one base for all": ("olmoe", (0,) * 16, 16),
+    "few": ("olmoe", (*[None] * 13, 0, 0, 0), 16),
     "no base at all": ("olmoe", (_ZERO,) * 16, 16),
 }
-"""The checkpoint, the base of each expert, and the rank. OLMoE's weights do not add up to 1."""
+"""The checkpoint, the base of each expert, and the rank. OLMoE's weights do not add up to 1; of few, most tokens choose
+none."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,17 @@ class _Written:
     folder: Path
     held: Student
     preset: str
+    predicted_bytes: int
 
 
 _CASES = (
-    ("two bases", "F32"),
-    ("two bases", "Q4_0"),
-    ("a base and none", "Q4_0"),
-    ("one base for all", "Q4_0"),
-    ("no base at all", "F32"),
+    ("two bases", "F32", "chosen tokens"),
+    ("two bases", "Q4_0", "all tokens"),
+    ("a base and none", "Q4_0", "chosen tokens"),
+    ("few", "F32", "all tokens"),
+    ("no base at all", "Q4_0", "all tokens"),
 )
+"""The student, the preset, and the tokens that bases multiply, on which their size decides."""
 
 
 @pytest.fixture(scope="module", params=_CASES, ids="-".join)
@@ -69,13 +73,18 @@ def written(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]
 ) -> _Written:
     """Two layers, in float32, and at 4 bits with products of float32 inputs."""
-    name, preset = request.param
+    name, preset, tokens = request.param
     model, base_of, rank = _STANDS[name]
     folder = tmp_path_factory.mktemp("bases")
     student = student_on_bases(toy_checkpoint(folder, n_layers=2, model=model), base_of, rank)
-    write_onnx(student, preset, folder / "onnx", encodings=_encodings(student, preset), inputs="float32", threads=1)
+    encodings = _encodings(student, preset)
+    with pytest.MonkeyPatch.context() as patches:
+        if tokens == "chosen tokens":
+            patches.setattr(shared_bases, "_SMALL_VALUES", 0)
+        write_onnx(student, preset, folder / "onnx", encodings=encodings, inputs="float32", threads=1)
+        predicted = predict_size(student.spec, preset, encodings)
     held = student.as_written(OnnxWeights(folder / "onnx", student.spec))
-    return _Written(student, folder / "onnx", held, preset)
+    return _Written(student, folder / "onnx", held, preset, predicted)
 
 
 def _encodings(student: Student, preset: str) -> dict[str, str]:
@@ -149,7 +158,7 @@ def test_experts_on_bases_have_no_scales_to_tune(written: _Written) -> None:
 def test_bytes_are_those_predicted(written: _Written) -> None:
     student, encodings = written.student, _encodings(written.student, written.preset)
     n_bytes = sum(file.stat().st_size for file in written.folder.iterdir())
-    assert n_bytes == predict_size(student.spec, written.preset, encodings)
+    assert n_bytes == written.predicted_bytes
     layout = plan_tensors(student.spec, written.preset, encodings)
     for unit in onnx_units(student.spec):
         weights = [
