@@ -118,6 +118,8 @@ def evaluate(
     """
     import torch
 
+    from compressors.model.running.memory import give_back_freed
+
     time_limit.tell("running it")
     scored = scored_positions(tokens_BT.shape[1])
     collected = _Collected(references, len(tokens_BT) * (scored.stop - scored.start))
@@ -132,6 +134,7 @@ def evaluate(
             collected.add(logits, targets[rows])
         if output.routing is not None:
             routing.append(output.routing)
+        give_back_freed()  # aligned blocks often find no room in freed ones, so the peak would grow with each chunk
         if progress is not None:
             progress(1)
     return Evaluation(
