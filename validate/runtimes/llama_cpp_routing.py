@@ -31,7 +31,7 @@ from compressors.model.errors import InputError
 from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord, selection_margins
 from validate.routing.router_inputs import RouterInputs
 
-__all__ = ["RoutingCollector", "ggml_function"]
+__all__ = ["RoutingCollector", "ggml_function", "node_name", "node_values"]
 
 
 class _TensorHead(ctypes.Structure):
@@ -253,13 +253,31 @@ def _last_weights(parts: Mapping[tuple[str, int], object], layer: int) -> str:
 
 def _values(tensor: _TensorHead, address: int, *, token_dimension: int) -> npt.NDArray[Any]:
     """Returns [T, K] of a tensor that is [K, T] (perhaps a strided view) or [1, K, T] in ggml's order of dimensions."""
+    return _copied(tensor, address).reshape(tensor.lengths[token_dimension], -1).copy()
+
+
+def _copied(tensor: _TensorHead, address: int) -> npt.NDArray[Any]:
+    """A copy of a tensor of float32 or int32, perhaps a strided view, in the reverse of ggml's order of dimensions."""
     dtype = np.dtype(np.int32 if tensor.type == api.GGML_TYPE_I32 else np.float32)
     lengths, strides = tuple(tensor.lengths), tuple(tensor.strides)
     n_bytes = dtype.itemsize + sum((length - 1) * stride for length, stride in zip(lengths, strides, strict=True))
     raw = np.empty(n_bytes, dtype=np.uint8)
     _ggml_copy("ggml_backend_tensor_get")(address, raw.ctypes.data, 0, n_bytes)
-    values = np.ndarray(lengths[::-1], dtype, buffer=raw.data, strides=strides[::-1])
-    return values.reshape(lengths[token_dimension], -1).copy()
+    return np.ndarray(lengths[::-1], dtype, buffer=raw.data, strides=strides[::-1])
+
+
+def node_name(address: int) -> str:
+    """The name of a node that the callback is called with."""
+    name: bytes = _TensorHead.from_address(address).name
+    return name.decode()
+
+
+def node_values(address: int) -> npt.NDArray[Any]:
+    """The values of a node of float32 or int32 that has run, without leading axes of length 1: [T, ...]."""
+    values = _copied(_TensorHead.from_address(address), address)
+    while values.ndim > 2 and len(values) == 1:
+        values = values[0]
+    return values
 
 
 def ggml_function(name: str, result: Any) -> Any:
