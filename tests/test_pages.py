@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -56,3 +57,15 @@ def test_the_site_builds_without_broken_links(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "benchmarks" / "results" / "pareto" / "index.html").is_file()
+
+
+def test_every_message_of_the_page_on_refusals_is_one_of_ours() -> None:
+    code = "".join(
+        file.read_text(encoding="utf-8")
+        for package in ("exporter", "validate", "compressors")
+        for file in sorted((_REPOSITORY / package).rglob("*.py"))
+    )
+    joined = re.sub(r'"\s*\n\s*f?"', "", code)  # messages are written in several pieces
+    named = re.findall(r"^\*\*`(.+?)`\*\*", (_DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(named) > 15
+    assert [words for words in named if words not in joined] == []

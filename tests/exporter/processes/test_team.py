@@ -1,9 +1,10 @@
-"""Two processes that torchrun started give what one gives."""
+"""Two processes that torchrun started, on one machine or on two, give what one gives."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -29,15 +30,35 @@ def _by_two(command: Sequence[str]) -> list[str]:
     return [python, dash_m, *launcher, "--rdzv-endpoint", "localhost:0", dash_m, exporter, *arguments]
 
 
+def _on_two_machines(command: Sequence[str]) -> Completed:
+    """Runs the command line of docs/large-models.md on two machines, which here are one, and returns the first's end.
+
+    Each has a torchrun of its own, that knows nothing of the other but the address at which they meet.
+    """
+    python, dash_m, exporter, *arguments = command
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    launcher = ("torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
+    whole = [python, dash_m, *launcher, "--rdzv-id", "run", "--rdzv-endpoint", place, dash_m, exporter, *arguments]
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    started = [
+        subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    ends = [process.communicate() for process in started]
+    said = ("".join(part) for part in zip(*ends, strict=True))
+    return subprocess.CompletedProcess(whole, max(process.returncode for process in started), *said)
+
+
 @pytest.fixture(scope="module")
 def stopped_before_publishing(
     tmp_path_factory: pytest.TempPathFactory,
     toy_command: Command,
     run_command: Run,
-    start_command: Run,
     tiny_recipe: Path,
 ) -> tuple[Path, Path]:
-    """Work directories of one process and of two, each with the files of all shared stages."""
+    """The outputs of one process, and of two on machines that share a folder."""
     works = []
     for name in ("one", "two"):
         out = tmp_path_factory.mktemp(name) / "out"
@@ -49,7 +70,7 @@ def stopped_before_publishing(
         path = out.parent / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         command = toy_command(out, "--recipe", str(path))
-        result = start_command(_by_two(command)) if name == "two" else run_command(command)
+        result = _on_two_machines(command) if name == "two" else run_command(command)
         assert result.returncode == 0, result.stdout + result.stderr
         works.append(out)
     return works[0], works[1]

@@ -131,7 +131,7 @@ class _Experts:
     def _adapted_inputs(self, states: str, experts: str, name: str) -> str:
         """The token times the adapters of gate and up: [C, P, 1, F]. C may be 0, to which no product is broadcast."""
         graph = self._graph
-        column = self._reshaped(states, f"{name}.column", [self._layer.spec.hidden_size, 1])
+        column = self._reshaped(states, f"{name}.column", [self._layer.spec.expert_size, 1])
         first, second = self._factors(self._routed.input_roles[0], experts, f"{name}.input")
         inner = graph.node("MatMul", [first, column], f"{name}.input.inner")
         return graph.node("FusedMatMul", [inner, second], f"{name}.input.adapted", domain=MICROSOFT, transA=1)
@@ -223,7 +223,7 @@ class _Experts:
         outputs = self._adapted(weighed, Role.EXPERT_DOWN, expert, name)
         added = (
             (sums[0], uses, self._reshaped(weighed, f"{name}.neurons_of_it", [-1, self._routed.width])),
-            (sums[1], tokens, self._reshaped(outputs, f"{name}.outputs", [-1, self._layer.spec.hidden_size])),
+            (sums[1], tokens, self._reshaped(outputs, f"{name}.outputs", [-1, self._layer.spec.expert_size])),
         )
         return [graph.node("ScatterND", each, f"{each[0]}.and_one", reduction="add") for each in added]
 

@@ -120,7 +120,7 @@ class _OnBases:
     @property
     def _are_small(self) -> bool:
         """True if every base multiplies every token, because to find the tokens of each would take longer."""
-        return len(self._groups) * self._routed.input_rows * self._layer.spec.hidden_size <= _SMALL_VALUES
+        return len(self._groups) * self._routed.input_rows * self._layer.spec.expert_size <= _SMALL_VALUES
 
     def _all_uses(self, states: str) -> Uses:
         """Each base's products with all tokens."""
