@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from compressors.model.description.feed_forward import Routed
@@ -21,17 +20,16 @@ from compressors.model.description.glu import Activation, Glu
 from compressors.model.description.mixers import GroupedQuery, Latent, NoMixer
 from compressors.model.description.onnx_cache import Attention, WithStates, cache_heads
 from compressors.model.description.roles import Role
-from compressors.model.description.rope import Rope
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
-from compressors.model.files.onnx_graph import external_place
-from compressors.model.files.onnx_names import IN_FLOAT32, RELU_ALPHA, ROTARY_COSINE, ROTARY_SINE
+from compressors.model.files.onnx_names import IN_FLOAT32, RELU_ALPHA
 from compressors.model.sources.onnx_weights import row_lengths
 from validate.files.graph_places import ATTENTION, EXPERTS, Places
 from validate.files.own_graph_settings import PRODUCER, AllowedValues, own_attributes, own_constant_symptoms
 from validate.files.recurrent_graph_settings import RECURRENT, recurrent_attributes
+from validate.files.rotary_tables import table_symptoms
 
-__all__ = ["graph_setting_symptoms", "rotary_symptoms"]
+__all__ = ["graph_setting_symptoms"]
 
 _NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 _KNOWN = (*ATTENTION, *_NORMS, *EXPERTS, *RECURRENT)  # all their attributes are
@@ -42,7 +40,6 @@ _VECTOR_INPUTS: Mapping[str, Mapping[int, Role]] = {
 }
 """The places of inputs that a node can be without, by operator."""
 _HARMLESS = frozenset({"accuracy_level", "stash_type", "chunk_size"})  # they change only the precision
-_POSITIONS_AT_ONCE = 4096
 
 
 def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
@@ -79,7 +76,7 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
     if model.producer_name == PRODUCER:
         found_symptoms += own_constant_symptoms(weights, spec)
     found_symptoms += _unknown_mixers(spec)
-    return [*found_symptoms, *_table_symptoms(model.graph, weights, path.parent, spec)]
+    return [*found_symptoms, *table_symptoms(model.graph, weights, path.parent, spec)]
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, bool]]:
@@ -309,79 +306,7 @@ def _has_axes(weight: onnx.TensorProto | None, number: int) -> bool:
     return weight is not None and len(weight.dims) == number
 
 
-def _table_symptoms(
-    graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], folder: Path, spec: ModelSpec
-) -> Iterator[str]:
-    """Checks every table of cosines and of sines that a node rotates with."""
-    places = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
-    # name -> True if it holds sines, and the embedding of the first layer that uses it
-    tables: dict[str, tuple[bool, Rope | None]] = {}
-    layers = Places(spec)
-    for node in graph.node:
-        rope = spec.layers[layers.of(node, is_inside=False)].mixer.rope or spec.rope
-        for is_sine, place in enumerate(places.get(node.op_type, ())):
-            if len(node.input) > place and node.input[place] in weights:
-                tables.setdefault(node.input[place], (bool(is_sine), rope))
-    # where the angles depend on a text's length, nodes choose among tables
-    for name in (ROTARY_COSINE, ROTARY_SINE):
-        if name in weights:
-            tables[name] = (name == ROTARY_SINE, spec.rope)
-    for name, (is_sine, rope) in tables.items():
-        if len(weights[name].dims) != 2 or weights[name].data_type not in _TABLE_TYPES:
-            yield f"table {name} is no matrix of floating point numbers"
-            continue
-        if rope is None:
-            yield f"table {name}: the model turns nothing"
-            continue
-        n_rows = weights[name].dims[0]
-        yield from rotary_symptoms(name, _pieces(weights[name], folder), n_rows, rope, is_sine=is_sine)
-
-
 _WHOLE_NUMBER = onnx.AttributeProto.INT
-_TABLE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
-
-
-def rotary_symptoms(
-    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], n_rows: int, rope: Rope, *, is_sine: bool
-) -> Iterator[str]:
-    """Yields a sentence if a table [positions, width / 2] is not the model's at every position.
-
-    A table for short texts may stand before that for long ones.
-    """
-    first = 0
-    short = rope.switches_after if rope.switches_after is not None and n_rows > rope.switches_after else 0
-    of_short, of_long = (rope.inverse_frequencies(n_tokens).double().numpy() for n_tokens in (short, n_rows - short))
-    for piece in pieces:
-        if piece.shape[1] != len(of_long):
-            yield f"table {name} has {piece.shape[1]} columns, the model's head {len(of_long)} pairs"
-            return
-        rows = np.arange(first, first + len(piece), dtype=np.float64)[:, None]
-        angles = np.where(rows < short, rows * of_short, (rows - short) * of_long)
-        wanted = rope.attention_factor * (np.sin(angles) if is_sine else np.cos(angles))
-        allowed = float(np.finfo(piece.dtype).eps) * 2 + 1e-5 + 4e-7 * angles  # angles are computed in float32
-        wrong = ~(np.abs(piece.astype(np.float64) - wanted) <= allowed * max(1.0, rope.attention_factor))
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            yield (
-                f"rotary table {name}: {float(piece[row, column]):.5f} at position {first + row}, column {column}, the "
-                f"model's is {wanted[row, column]:.5f}"
-            )
-            return
-        first += len(piece)
-
-
-def _pieces(tensor: onnx.TensorProto, folder: Path) -> Iterator[npt.NDArray[np.floating[Any]]]:
-    """Rows of a table, some positions at a time."""
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    n_rows, width = tensor.dims
-    if not tensor.external_data:
-        yield onnx.numpy_helper.to_array(tensor)
-        return
-    place = external_place(folder / "model.onnx", tensor)  # only the folder of this path matters
-    for first in range(0, n_rows, _POSITIONS_AT_ONCE):
-        count = min(_POSITIONS_AT_ONCE, n_rows - first)
-        offset = place.offset + first * width * dtype.itemsize
-        yield np.fromfile(place.file, dtype, count * width, offset=offset).reshape(count, width)
 
 
 def _is_same(found: Any, wanted: Any) -> bool:
