@@ -273,8 +273,8 @@ random weights is hardly ever right, so the tokens are prescribed, and drafts of
 of `fine` in Q4_0: the products and the bytes read are those of a real run. With the real draft of such weights, a pass
 gives little more than one token. Drafting itself is not included: it is decoding in llama.cpp, as much as the gate's
 own texts and the rejected tokens. The machine was shared with other work: only the ratio means something. Here the
-head (a vocabulary of 151,936) takes most of the products, and it runs for every drafted token; where reading takes the
-time, the number of passes counts instead.
+head (a vocabulary of 151,936) takes many of the products; it runs a few tokens beyond the first wrong one of a draft.
+Where reading takes the time, the number of passes counts instead.
 
 | drafts | passes | drafted | accepted | seconds | times faster |
 |---|---|---|---|---|---|"""
