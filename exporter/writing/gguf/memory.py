@@ -154,7 +154,11 @@ def _feed_forward_bytes(layer: LayerSpec, tokens: int) -> int:
     chosen_outer = _FLOAT * tokens * feed_forward.n_active * layer.expert_size
     shared = layer.routed.shared if layer.routed is not None else None
     of_shared = 0 if shared is None else _FLOAT * tokens * (3 * shared.width + 2 * layer.hidden_size)
-    return max(3 * chosen_inner + chosen_outer, 2 * chosen_outer, of_shared)
+    if layer.routed is None or layer.routed.glu.is_gated:
+        return max(3 * chosen_inner + chosen_outer, 2 * chosen_outer, of_shared)
+    # the ReLU and its square take the place of the products; beside them scores, and what enters and leaves the experts
+    beside = _FLOAT * tokens * (4 * layer.n_experts + 2 * layer.expert_size)
+    return max(chosen_inner + chosen_outer + beside, 2 * chosen_outer, of_shared)
 
 
 def _work_bytes(spec: ModelSpec) -> int:

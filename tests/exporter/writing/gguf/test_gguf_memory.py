@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from compressors.model.config.reading import read_spec
-from compressors.model.description.feed_forward import Dense, Shared
+from compressors.model.description.feed_forward import Dense, Routed, Shared
+from compressors.model.description.glu import Activation, Glu
 from compressors.model.description.mixers import GroupedQuery, Mamba2, ShortConvolution
+from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import LayerSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.sources.opening import open_source
@@ -119,6 +121,27 @@ def test_mamba_2_takes_as_much_as_llama_cpp_says(
     mixer = Mamba2(n_heads, n_groups, head_dim=64, key_dim=key_dim, kernel=4)
     layers = tuple(replace(layer, mixer=mixer, hidden_size=hidden_size) for layer in spec.layers)
     found = _graph_bytes(replace(spec, hidden_size=hidden_size, layers=layers), 512, "f16") / 2**20
+    assert measured <= found <= 1.1 * measured
+
+
+@pytest.mark.parametrize(
+    ("sizes", "measured"),
+    [
+        ((512, 128, 256, 32, 12), 13.64),  # hidden size, values that experts read, their width, number and top-k; MB
+        ((256, 128, 512, 64, 22), 31.47),
+        ((256, None, 512, 64, 22), 37.24),
+    ],
+)
+def test_experts_without_a_gate_take_as_much_as_llama_cpp_says(
+    fine_folder: Path, sizes: tuple[int, int | None, int, int, int], measured: float
+) -> None:
+    """The numbers are its "CPU compute buffer size" for Nemotron-H with 4,096 tokens, and batches of 512."""
+    hidden_size, latent_size, width, n_experts, top_k = sizes
+    spec = altered(read_spec(fine_folder), vocab_size=4096)
+    glu = Glu(Activation.RELU_SQUARED, is_gated=False)
+    experts = Routed(n_experts, top_k, width, Routing(Score.SIGMOID), glu, latent_size=latent_size)
+    layers = tuple(replace(layer, feed_forward=experts, hidden_size=hidden_size) for layer in spec.layers)
+    found = _graph_bytes(replace(spec, hidden_size=hidden_size, layers=layers), 512, "f16") / 1e6
     assert measured <= found <= 1.1 * measured
 
 
