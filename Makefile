@@ -1,7 +1,8 @@
-# `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
+# `make demo` compresses the bundled model; `make test` is what CI runs, `make test-quick` a part of it in two minutes.
+# They need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint package fuzz bench bench-export damage docs floors latent lightmoe prediction quality peers pareto \
-	scale tutorial whole-run start
+.PHONY: demo test test-quick lint package fuzz bench bench-export damage docs floors latent lightmoe prediction quality \
+	peers pareto scale tutorial whole-run start
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,6 +17,22 @@ demo: .venv/installed
 # is compiled is kept, also where the environment says otherwise.
 test: lint
 	env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/.venv/bytecode OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The tests of those parts that run no model, or a layer of one, for people who change a line.
+QUICK := tests/test_docs.py tests/test_docstrings.py tests/test_family_facts.py \
+	tests/compressors/model --ignore=tests/compressors/model/test_block_scales.py \
+	--ignore=tests/compressors/model/test_streaming.py tests/compressors/sensitivity/test_knapsack.py tests/compressors/shrink/test_allocation.py \
+	tests/compressors/shrink/test_criteria.py tests/compressors/shrink/test_prune.py \
+	tests/exporter/capabilities tests/exporter/estimating/test_durations.py tests/exporter/estimating/test_sizes.py \
+	tests/exporter/planning tests/exporter/progress tests/exporter/publishing tests/exporter/stages/test_table.py \
+	tests/exporter/test_api.py tests/exporter/test_command_line.py tests/exporter/test_file_names.py tests/exporter/work \
+	tests/exporter/writing/gguf/test_gguf_layout.py tests/exporter/writing/gguf/test_gguf_metadata.py \
+	tests/exporter/writing/onnx/test_onnx_encodings.py tests/exporter/writing/test_resumable.py \
+	tests/validate/metrics tests/validate/report/test_report.py tests/validate/report/test_short.py tests/validate/routing
+test-quick: .venv/installed-dev
+	$(BIN)/ruff check .
+	env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/.venv/bytecode OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK)
+	@echo "left out: whole runs, both runtimes, writing files, training, families, damaged inputs, the browser; make test has all"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -73,6 +73,13 @@ def test_the_guide_lists_all_targets_of_make() -> None:
     assert _targets_named_in(_GUIDE) == _targets()
 
 
+def test_the_quick_tests_are_there() -> None:
+    makefile = (_REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    paths = re.findall(r"tests/[\w/.]+", makefile[makefile.index("QUICK :=") : makefile.index("test-quick:")])
+    assert len(paths) > 10
+    assert [path for path in paths if not (_REPOSITORY / path).exists()] == []
+
+
 def test_the_guide_answers_a_newcomer_s_questions() -> None:
     rows = [line for line in _section("Where is ...?").splitlines() if line.startswith("| ") and "?" in line]
     assert len(rows) >= 12
