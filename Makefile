@@ -20,15 +20,16 @@ test: lint
 
 # The tests of those parts that run no model, or a layer of one, for people who change a line.
 QUICK := tests/test_docs.py tests/test_docstrings.py tests/test_family_facts.py \
-	tests/compressors/model --ignore=tests/compressors/model/test_block_scales.py \
-	--ignore=tests/compressors/model/test_streaming.py tests/compressors/sensitivity/test_knapsack.py tests/compressors/shrink/test_allocation.py \
-	tests/compressors/shrink/test_criteria.py tests/compressors/shrink/test_prune.py \
-	tests/exporter/capabilities tests/exporter/estimating/test_durations.py tests/exporter/estimating/test_sizes.py \
-	tests/exporter/planning tests/exporter/progress tests/exporter/publishing tests/exporter/stages/test_table.py \
-	tests/exporter/test_api.py tests/exporter/test_command_line.py tests/exporter/test_file_names.py tests/exporter/work \
-	tests/exporter/writing/gguf/test_gguf_layout.py tests/exporter/writing/gguf/test_gguf_metadata.py \
-	tests/exporter/writing/onnx/test_onnx_encodings.py tests/exporter/writing/test_resumable.py \
-	tests/validate/metrics tests/validate/report/test_report.py tests/validate/report/test_short.py tests/validate/routing
+	$(addprefix tests/compressors/model/test_, checkpoint.py config.py glu.py json_file.py names.py routing.py shape.py \
+	special_tokens.py transforms.py) \
+	tests/compressors/sensitivity/test_knapsack.py tests/compressors/shrink/test_prune.py \
+	$(addprefix tests/exporter/planning/test_, compression.py flags.py job.py recipe.py rates.py yaml_file.py) \
+	tests/exporter/capabilities tests/exporter/estimating/test_durations.py tests/exporter/progress tests/exporter/publishing \
+	tests/exporter/stages/test_table.py tests/exporter/test_api.py tests/exporter/test_command_line.py \
+	tests/exporter/test_file_names.py tests/exporter/work tests/exporter/writing/gguf/test_gguf_layout.py \
+	tests/exporter/writing/gguf/test_gguf_metadata.py tests/exporter/writing/onnx/test_onnx_encodings.py \
+	$(addprefix tests/validate/metrics/test_, bootstrap.py domains.py floors.py statistics.py verdict.py) \
+	tests/validate/report/test_report.py tests/validate/report/test_short.py
 test-quick: .venv/installed-dev
 	$(BIN)/ruff check .
 	env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/.venv/bytecode OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK)
