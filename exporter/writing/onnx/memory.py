@@ -165,8 +165,9 @@ def _values_on_bases(layer: LayerSpec, index: int, tokens: int) -> int:
     """Values beside those of the operator, in a layer whose experts stand on bases, while tokens run.
 
     Each use of a base has its input, the base's products and the sums of neurons, by groups and together, and the
-    base's output; what the operator would have for an expert that stands on a base is counted already. One expert's tokens have inputs, products, neurons and outputs, and sums are copied when it adds to
-    them. Its adapters are widened, or, for one token, those of all chosen experts.
+    base's output; what the operator would have for an expert that stands on a base is counted already. One expert's
+    tokens have inputs, products, neurons and outputs, and sums are copied when it adds to them. Its adapters are
+    widened, or, for one token, those of all chosen experts.
     """
     bases, routed = layer.bases, layer.routed
     if bases is None or routed is None:
