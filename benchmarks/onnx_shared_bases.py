@@ -3,8 +3,8 @@
     python -m benchmarks.onnx_shared_bases [FINE]
 
 Speed, at the shape of OLMoE's layers (2 layers, random weights) and on the demo model: students with half of the
-experts' values removed by replacing experts, and one that keeps every second expert, whose file is as large, answer the
-same prompts and steps in turns, on one thread, whose CPU time is measured. Fidelity, on the demo model (or FINE, its
+experts' values removed by replacing experts, and one with pruned experts, whose file is as large, answer the same
+prompts and steps in turns, on one thread, whose CPU time is measured. Fidelity, on the demo model (or FINE, its
 folder): the perplexity of the file in ONNX Runtime and of its numbers in torch, and the divergence of adapters at
 several bits from float32.
 """
@@ -72,7 +72,8 @@ _ROUTER_SPREAD = 0.05  # of random routers: tokens then choose different experts
 _PRESET, _SHARE = "Q4_0", 0.5
 _ROUNDS, _PROMPT, _STEPS = 3, 512, 20
 _CHUNKS, _CHUNK_TOKENS = 6, 512
-_PRUNED = "every second expert"
+_INPUTS: tuple[ProductInputs, ...] = ("float32", "int8")
+_PRUNED = "pruned"
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,13 @@ def _write_checkpoint(path: Path) -> Path:
 def _students(folder: Path) -> Mapping[str, Student]:
     """One whose experts were replaced, one of that size whose experts were pruned, and the original."""
     source = Checkpoint(folder)
-    n_experts, n_layers = source.spec.n_experts, source.spec.n_layers
-    pruned = ExpertMap.keeping(n_experts, [range(0, n_experts, 2)] * n_layers)
-    return {
-        "replaced": _replaced(source),
-        _PRUNED: Student(source, pruned),
-        "all experts": Student.teacher(source),
-    }
+    spec, replaced = source.spec, _replaced(source)
+    n_bytes = predict_size(replaced.spec, _PRESET)
+    n_kept = min(
+        range(1, spec.n_experts), key=lambda number: abs(predict_size(spec.with_experts(number), _PRESET) - n_bytes)
+    )
+    pruned = ExpertMap.keeping(spec.n_experts, [range(n_kept)] * spec.n_layers)
+    return {"replaced": replaced, _PRUNED: Student(source, pruned), "all experts": Student.teacher(source)}
 
 
 def _replaced(source: Checkpoint) -> Student:
@@ -201,6 +202,7 @@ class _Fidelity:
     divergence: float  # nats, of the file's numbers in torch from the student with float32 adapters
     perplexity_torch: float
     perplexity_onnx: float
+    perplexity_int8: float  # in ONNX Runtime, with products of inputs in 8 bits
 
 
 def _fidelity(student: Student, out: Path) -> Iterator[_Fidelity]:
@@ -214,17 +216,21 @@ def _fidelity(student: Student, out: Path) -> Iterator[_Fidelity]:
     }
     reference: list[npt.NDArray[np.float32]] = []
     for name, encoding in encodings.items():
-        inputs: ProductInputs = "float32"
-        with patch.object(layout, "adapter_encoding", encoding):
-            write_onnx(student, _PRESET, out / name, inputs=inputs, threads=1)
-        held = student.as_written(OnnxWeights(out / name, student.spec))
+        float32, int8 = (_written(student, out / name, inputs, encoding) for inputs in _INPUTS)
+        held = student.as_written(OnnxWeights(float32, student.spec))
         of_torch, log_probs = _run(TorchBackend(held), tokens_BT)
         reference = reference or log_probs
         pairs = zip(reference, log_probs, strict=True)
         divergence = float(np.mean([(np.exp(p) * (p - q)).sum(-1).mean() for p, q in pairs]))
-        of_onnx, _ = _run(OnnxRuntimeBackend(out / name, threads=1), tokens_BT)
-        n_bytes = sum(file.stat().st_size for file in (out / name).iterdir())
-        yield _Fidelity(name, n_bytes, divergence, of_torch, of_onnx)
+        of_onnx, of_int8 = (_run(OnnxRuntimeBackend(each, threads=1), tokens_BT)[0] for each in (float32, int8))
+        n_bytes = sum(file.stat().st_size for file in float32.iterdir())
+        yield _Fidelity(name, n_bytes, divergence, of_torch, of_onnx, of_int8)
+
+
+def _written(student: Student, folder: Path, inputs: ProductInputs, encoding: Callable[[Encoding], Encoding]) -> Path:
+    with patch.object(layout, "adapter_encoding", encoding):
+        write_onnx(student, _PRESET, folder / inputs, inputs=inputs, threads=1)
+    return folder / inputs
 
 
 def _run(backend: RuntimeBackend, tokens_BT: npt.NDArray[np.int64]) -> tuple[float, list[npt.NDArray[np.float32]]]:
@@ -270,11 +276,12 @@ def _page(rows: Sequence[_Row], memory: tuple[int, int], fidelity: Iterator[_Fid
         f"The demo model's replaced student, untrained, on {_CHUNKS} chunks of {_CHUNK_TOKENS} held-out tokens. The",
         "divergence is that of the file's numbers in torch from those with float32 adapters.",
         "",
-        "| adapters | MB | divergence, nats | perplexity in torch | in ONNX Runtime | difference |",
+        "| adapters | MB | divergence, nats | perplexity in torch | ONNX Runtime, float32 inputs | int8 inputs |",
         "|---|---|---|---|---|---|",
         *(
             f"| {each.adapters} | {each.n_bytes / 1e6:.2f} | {each.divergence:.6f} | {each.perplexity_torch:.3f} | "
-            f"{each.perplexity_onnx:.3f} | {each.perplexity_onnx / each.perplexity_torch - 1:+.3%} |"
+            f"{each.perplexity_onnx / each.perplexity_torch - 1:+.3%} | "
+            f"{each.perplexity_int8 / each.perplexity_torch - 1:+.3%} |"
             for each in fidelity
         ),
     ]

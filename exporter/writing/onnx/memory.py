@@ -165,17 +165,19 @@ def _values_on_bases(layer: LayerSpec, index: int, tokens: int) -> int:
     """Values beside those of the operator, in a layer whose experts stand on bases, while tokens run.
 
     Each use of a base has its input, the base's products and the sums of neurons, by groups and together, and the
-    base's output. One expert's tokens have inputs, products, neurons and outputs, and sums are copied when it adds to
-    them. Its adapters are widened, or, for one token, those of all chosen experts.
+    base's output; what the operator would have for an expert that stands on a base is counted already. One expert's
+    tokens have inputs, products, neurons and outputs, and sums are copied when it adds to them. Its adapters are
+    widened, or, for one token, those of all chosen experts.
     """
     bases, routed = layer.bases, layer.routed
     if bases is None or routed is None:
         return 0
     rows, size, width = routed.input_rows, layer.hidden_size, routed.width
-    uses = tokens * min(bases.n_bases + 1, routed.top_k)
     adapters = sum(prod(factor.shape[1:]) for factor in factors_of_layer(layer, index) if factor.form.is_adapter)
-    of_uses = uses * (3 * size + 2 * rows + 4 * width)
-    return of_uses + tokens * (4 * size + 4 * rows + 4 * width) + routed.top_k * adapters
+    of_use, of_operator = 3 * size + 2 * rows + 4 * width, _neurons_values(width, size)
+    n_groups = bases.n_bases + 1
+    beside = max(min(n_groups, chosen) * of_use - chosen * of_operator for chosen in range(routed.top_k + 1))
+    return tokens * beside + tokens * (4 * size + 4 * rows + 4 * width) + routed.top_k * adapters
 
 
 def _width_beside_experts(layer: LayerSpec) -> int:
