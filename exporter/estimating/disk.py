@@ -22,6 +22,8 @@ from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.description.spec import ModelSpec
 from compressors.model.running.arithmetic import value_bytes
 from exporter import file_names
+from exporter.capabilities.rules import Container
+from exporter.capabilities.table import refusal
 from exporter.estimating.estimate import SENSITIVITY_TOKENS
 from exporter.estimating.needs import (
     changed_expert_bytes,
@@ -38,7 +40,7 @@ from exporter.estimating.needs import (
 from exporter.estimating.planned_types import same_numbers
 from exporter.file_names import StageFile
 from exporter.pipeline.order import needless, search_stages, stages_of
-from exporter.planning.compression import by_layer, changes_experts, runs_text
+from exporter.planning.compression import by_layer, changes_experts, expected_spec, runs_text
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import CompressChoice
 from exporter.searching.ladder import ladder_for
@@ -281,18 +283,20 @@ def _largest(structures: Sequence[CompressChoice], plan: Plan) -> Iterator[Compr
 def _relative_size(choice: CompressChoice, teacher: ModelSpec) -> float:
     """The experts' parameters in relation to the original's, about; a dense student is smaller than all others."""
     n_layers = teacher.n_layers - choice.drop_blocks - choice.drop_moe_layers
-    return (
-        n_layers
-        * fmean(by_layer(choice.experts, 1, teacher.n_experts))
-        * fmean(by_layer(choice.width, 1, teacher.expert_width))
-    )
+    n_experts = n_layers * fmean(by_layer(choice.experts, 1, teacher.n_experts))
+    if choice.apart and choice.bases is not None:
+        n_experts = choice.bases  # those that stay as they are lie in no overlay
+    return n_experts * fmean(by_layer(choice.width, 1, teacher.expert_width))
 
 
 def _as_tried(plan: Plan, choice: CompressChoice) -> Plan:
     """The plan of a run with this structure and the rungs that a search tries on it, which train no file."""
     rungs, _ = ladder_for(choice, plan)
-    untyped = {"mix": "F32", "tensors": {}}
-    files = {name: plan.recipe.file(name).model_copy(update=untyped) for name in plan.recipe.artifacts}
+    untyped, spec = {"mix": "F32", "tensors": {}}, expected_spec(choice, plan.teacher_spec)
+    files = {
+        name: plan.recipe.file(name).model_copy(update=untyped) if refusal(spec, Container(name)) is None else None
+        for name in plan.recipe.artifacts
+    }
     return replace(plan, recipe=plan.recipe.model_copy(update={"compress": choice, "recover": rungs, **files}))
 
 

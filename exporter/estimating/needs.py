@@ -14,6 +14,7 @@ from compressors.model.description.tensors import Kind
 from compressors.model.running.memory import PROCESS_BYTES, positions_at_once, working_bytes
 from compressors.recover.scopes import Scope
 from compressors.recover.training_memory import training_bytes
+from compressors.shrink.replace import adapter_values
 from exporter.estimating.planned_types import planned_block_length
 from exporter.planning.compression import changes_experts
 from exporter.planning.plan import Plan
@@ -97,8 +98,19 @@ def student_bytes(plan: Plan) -> int:
 
 
 def changed_expert_bytes(plan: Plan) -> int:
-    """Bytes of the experts that compression changes: all of the student's, or none."""
-    return expert_bytes(plan) if changes_experts(plan.recipe.compress) else 0
+    """Bytes of the experts that compression changes: all of the student's, bases and adapters alone, or none."""
+    if not changes_experts(plan.recipe.compress):
+        return 0
+    itemsize = plan.open_source().storage_type.itemsize
+    return expert_bytes(plan) - sum(_bytes_beside_bases(layer, itemsize) for layer in plan.student_spec.layers)
+
+
+def _bytes_beside_bases(layer: LayerSpec, itemsize: int) -> int:
+    """Bytes of a layer's experts that an overlay leaves out where some stand on bases; adapters are float32."""
+    if layer.bases is None:
+        return 0
+    left_out = (layer.n_experts - layer.bases.n_bases) * layer.expert_parameters * itemsize
+    return left_out - 4 * len(layer.bases.replaced) * adapter_values(layer, layer.bases.rank)
 
 
 def expert_bytes(plan: Plan) -> int:

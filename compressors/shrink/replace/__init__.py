@@ -8,10 +8,19 @@ from __future__ import annotations
 from compressors.shrink.replace.counts import (
     FEWEST_ON_A_BASE,
     Replacement,
+    adapter_values,
     bases_by_layer,
     default_rank,
     replacement_for,
     spread,
 )
 
-__all__ = ["FEWEST_ON_A_BASE", "Replacement", "bases_by_layer", "default_rank", "replacement_for", "spread"]
+__all__ = [
+    "FEWEST_ON_A_BASE",
+    "Replacement",
+    "adapter_values",
+    "bases_by_layer",
+    "default_rank",
+    "replacement_for",
+    "spread",
+]

@@ -11,7 +11,15 @@ from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import Kind
 from compressors.model.errors import InputError
 
-__all__ = ["FEWEST_ON_A_BASE", "Replacement", "bases_by_layer", "default_rank", "replacement_for", "spread"]
+__all__ = [
+    "FEWEST_ON_A_BASE",
+    "Replacement",
+    "adapter_values",
+    "bases_by_layer",
+    "default_rank",
+    "replacement_for",
+    "spread",
+]
 
 FEWEST_ON_A_BASE = 2
 """An expert that has a base for itself is better kept."""
@@ -56,7 +64,7 @@ def replacement_for(share: float, spec: ModelSpec, rank: int | None = None) -> R
     rank = default_rank(spec) if rank is None else rank
     layers = [layer for layer in spec.layers if layer.routed is not None]
     n_experts, whole = sum(layer.n_experts for layer in layers), _values(layers[0])
-    kept_of_each = _adapter_values(layers[0], rank) / whole
+    kept_of_each = adapter_values(layers[0], rank) / whole
     removed = 0.0
     for n_replaced in range(FEWEST_ON_A_BASE * len(layers), n_experts + 1):
         n_bases = max(len(layers), n_replaced // _EXPERTS_ON_A_BASE)
@@ -125,8 +133,8 @@ def _values(layer: LayerSpec) -> int:
     return sum(math.prod(shape) for shape in _shapes(layer))
 
 
-def _adapter_values(layer: LayerSpec, rank: int) -> int:
-    """The values of an expert's adapters."""
+def adapter_values(layer: LayerSpec, rank: int) -> int:
+    """The values of an expert's adapters of a rank."""
     return sum(rank * sum(shape) for shape in _shapes(layer))
 
 
