@@ -74,7 +74,7 @@ class PlainFlags:
         "auto, none, router, top-experts, experts or adapters; docs/recovery.md has all.",
         in_recipe=True,
     )
-    recipe: Path | None = _flag(None, "Follow this recipe instead of planning; it holds every choice.")
+    recipe: Path | None = _flag(None, "Follow this recipe, which holds every choice.")
     device: str = _flag("auto", "Where calibration and recovery compute: cpu or cuda.")
     seed: int = _flag(42, "Order of training blocks.", in_recipe=True)
     dry_run: bool = _flag(False, "Print the plan and write the recipe beside OUT; read no weights.")
@@ -102,7 +102,7 @@ class Flags(PlainFlags):
     )
     calibration: Path | Iterable[str | Path] = _flag(
         (),
-        "Text for statistics and recovery: a file, a folder of *.txt, or chats in JSONL; several are mixed by weight.",
+        "Text for statistics and recovery: a file, a folder, or chats (JSONL); weights mix several.",
         metavar="PATH[:WEIGHT]",
     )
     formats: str = _flag("gguf,onnx", "What to write.", in_recipe=True)
