@@ -19,7 +19,7 @@ def license_files(source: Source) -> list[Path]:
     A GGUF file has none: what lies beside it may belong to something else.
     """
     folder = source.tokenizer_folder
-    if not folder.is_dir() or source.files[0].suffix == ".gguf":
+    if not folder.is_dir() or any(path.suffix == ".gguf" for path in source.files):
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and _is_small_file(path))
 
