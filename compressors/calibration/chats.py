@@ -57,7 +57,7 @@ def chat_starts(file: BinaryIO, name: Path, start: int = 0) -> Iterator[int]:
 
 
 def contents_of(lines: str) -> str:
-    """What users and assistants say in the chats of some lines, for the search for shared text."""
+    """Returns what users and assistants say in the chats of some lines, for the search for shared text."""
     said = []
     for chat in _chats(lines):
         said += [message["content"] for message in chat.messages if message["role"] not in _NOT_SAID]

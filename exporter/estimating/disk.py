@@ -273,7 +273,7 @@ def _search(plan: Plan) -> dict[str, int]:
 
 
 def _largest(structures: Sequence[CompressChoice], plan: Plan) -> Iterator[CompressChoice]:
-    """Of the structures whose experts change, and of the others, those with the most parameters."""
+    """Yields the largest of the structures whose experts change, and the largest of the others, by parameters."""
     for changed in (True, False):
         alike = [choice for choice in structures if changes_experts(choice) is changed]
         if alike:

@@ -59,12 +59,7 @@ def make_plan(job: Job, command: str, folder: Path | None = None) -> Plan:
     else:
         recipe = _completed(job, recipe, checkpoint, splits)
         predictions, refused = predict_recipe(recipe, checkpoint), ()
-    if recipe.compress.student == "dense" and "routing" in job.require:
-        raise InputError("--require: a dense student has no routing to compare; leave routing out")
-    if job.imatrix is not None:
-        from exporter.writing.gguf.imatrix import read_imatrix  # it needs torch
-
-        read_imatrix(job.imatrix, checkpoint.spec)  # refused now, not by a stage
+    _refuse_what_a_stage_would(job, recipe, checkpoint)
     search = None if job.recipe is not None or job.quant is not None else job.search
     plan = Plan(
         recipe=recipe,
@@ -93,6 +88,20 @@ def make_plan(job: Job, command: str, folder: Path | None = None) -> Plan:
     if not job.floors:
         return plan
     return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))
+
+
+def _refuse_what_a_stage_would(job: Job, recipe: Recipe, checkpoint: Source) -> None:
+    """Refuses now what a stage would refuse hours later.
+
+    Raises:
+        InputError: a dense student's routing is required, or the importance matrix is not one of this model.
+    """
+    if recipe.compress.student == "dense" and "routing" in job.require:
+        raise InputError("--require: a dense student has no routing to compare; leave routing out")
+    if job.imatrix is not None:
+        from exporter.writing.gguf.imatrix import read_imatrix  # it needs torch
+
+        read_imatrix(job.imatrix, checkpoint.spec)
 
 
 def _counted(job: Job, splits: Splits, checkpoint: Source, wanted: BlockCounts) -> TextCounts:
