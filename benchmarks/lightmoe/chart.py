@@ -10,6 +10,7 @@ import matplotlib
 from benchmarks.lightmoe.arms import LIGHT
 from benchmarks.lightmoe.measure import Measured
 from benchmarks.lightmoe.table import found
+from benchmarks.quality.chart import lay_out_divergences
 
 __all__ = ["write_chart"]
 
@@ -20,7 +21,6 @@ def write_chart(results: Sequence[Measured], path: Path, shares: Sequence[float]
     """Draws a dot for each arm, sorted; hollow where nothing was trained."""
     matplotlib.use("Agg")  # no display
     from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     models = list(dict.fromkeys(result.model for result in results))
     figure, panels = pyplot.subplots(len(shares), len(models), figsize=(6.4 * len(models), 3.8 * len(shares)))
@@ -33,16 +33,8 @@ def write_chart(results: Sequence[Measured], path: Path, shares: Sequence[float]
             panel.set_yticks(range(len(chosen)), [result.arm for result in chosen], fontsize=8)
             for label, result in zip(panel.get_yticklabels(), chosen, strict=True):
                 label.set_fontweight("bold" if result.arm == LIGHT else "normal")
-            panel.invert_yaxis()
-            panel.set_xscale("log")
-            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.xaxis.set_major_formatter("{x:g}")
-            panel.xaxis.set_minor_formatter(NullFormatter())
-            panel.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-            panel.set_axisbelow(True)
             panel.set_title(f"{model}: {share:.0%} of the experts' bytes removed", fontsize=10)
-            panel.set_xlabel("KL divergence from the original, nats (left is better)", fontsize=9)
-            panel.spines[["top", "right"]].set_visible(False)
+            lay_out_divergences(panel)
     figure.tight_layout()
     figure.savefig(path, dpi=130, facecolor="white", metadata={"Software": None})
     pyplot.close(figure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -11,7 +12,10 @@ from benchmarks.quality.measure import Measured
 from benchmarks.quality.methods import ARMS, FREQUENCY, SHARES
 from benchmarks.quality.table import by_divergence
 
-__all__ = ["write_chart"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["lay_out_divergences", "write_chart"]
 
 # Okabe and Ito's colours, which are told apart with any colour vision
 _COLOURS = {
@@ -29,7 +33,6 @@ def write_chart(results: Sequence[Measured], path: Path) -> None:
     matplotlib.use("Agg")  # no display
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     models = list(dict.fromkeys(result.model for result in results))
     share = max(SHARES)
@@ -46,16 +49,8 @@ def write_chart(results: Sequence[Measured], path: Path) -> None:
         panel.set_yticks(range(len(shown)), [result.method for result in shown], fontsize=8)
         for label, result in zip(panel.get_yticklabels(), shown, strict=True):
             label.set_fontweight("bold" if result.method == FREQUENCY else "normal")
-        panel.invert_yaxis()
-        panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-        panel.set_axisbelow(True)
         panel.set_title(f"{model}: {share:.0%} of expert parameters removed, no recovery", fontsize=10)
-        panel.set_xlabel("KL divergence from the original, nats (left is better)", fontsize=9)
-        panel.spines[["top", "right"]].set_visible(False)
+        lay_out_divergences(panel)
     kinds = [kind for kind in _COLOURS if any(arm.kind == kind for arm in ARMS.values())]
     legend = [Line2D([], [], marker="o", linestyle="", color=_COLOURS[kind], label=kind) for kind in kinds]
     legend.append(Line2D([], [], marker="o", linestyle="", color="black", mfc="white", label="no file gets smaller"))
@@ -64,3 +59,18 @@ def write_chart(results: Sequence[Measured], path: Path) -> None:
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=130, facecolor="white", metadata={"Software": None})
     pyplot.close(figure)
+
+
+def lay_out_divergences(panel: Axes) -> None:
+    """Gives a panel a logarithmic axis of divergences, and its rows from the top."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    panel.invert_yaxis()
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.set_xlabel("KL divergence from the original, nats (left is better)", fontsize=9)
+    panel.spines[["top", "right"]].set_visible(False)

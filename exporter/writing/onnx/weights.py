@@ -103,21 +103,7 @@ class WeightNodes:
 
     def embedding(self, token_ids: str, output: str) -> str:
         """Looks up rows of the embedding."""
-        weight = self._layout.weight(Role.TOKEN_EMBEDDING)
-        codes = self._graph.external(weight.codes)
-        blocks = weight.encoding.blocks
-        if blocks is None:
-            return self._graph.node("Gather", [codes, token_ids], output)
-        return self._graph.node(
-            "GatherBlockQuantized",
-            [codes, token_ids, self.scales(weight)],
-            output,
-            domain=MICROSOFT,
-            bits=blocks.bits,
-            block_size=blocks.block_size,
-            gather_axis=0,
-            quantize_axis=1,
-        )
+        return self._gathered(self._layout.weight(Role.TOKEN_EMBEDDING), token_ids, output)
 
     def products_of_experts(self, role: Role, layer: int, values: Sequence[str], output: str) -> list[str]:
         """The rows of each expert @ its matrix.T; the matrices are parts of the tensors of all experts."""
@@ -147,13 +133,16 @@ class WeightNodes:
             number: the name of the experts' places among those with adapters: a scalar or [N].
             output: the result's name.
         """
-        weight = self._layout.factor(role, layer, form)
+        return self._gathered(self._layout.factor(role, layer, form), number, output)
+
+    def _gathered(self, weight: WeightPlan, places: str, output: str) -> str:
+        """Parts of a weight at places of its first axis: float32."""
         codes, blocks = self._graph.external(weight.codes), weight.encoding.blocks
         if blocks is None:
-            return self._graph.node("Gather", [codes, number], output, axis=0)
+            return self._graph.node("Gather", [codes, places], output)
         return self._graph.node(
             "GatherBlockQuantized",
-            [codes, number, self.scales(weight)],
+            [codes, places, self.scales(weight)],
             output,
             domain=MICROSOFT,
             bits=blocks.bits,
