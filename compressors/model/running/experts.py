@@ -306,15 +306,15 @@ class _Choice:
 class _Choices:
     """All choices of all tokens, grouped by expert.
 
-    On a processor with matrix units, every new number of rows costs tens of milliseconds, as long as a product itself,
-    because a kernel is made for its shape. So the numbers of rows are rounded up to a few different ones; elsewhere
-    this happens only within :func:`padded_products`.
+    In bfloat16 on a processor, every new number of rows costs tens of milliseconds, as long as a product itself, because
+    a kernel is made for its shape. So the numbers of rows are rounded up to a few different ones; elsewhere this
+    happens only within :func:`padded_products`.
     """
 
     def __init__(self, chosen_TK: torch.Tensor, activations: torch.Tensor, experts: nn.Module) -> None:
         self._chosen_TK = chosen_TK
-        has_matrix_units = activations.dtype == torch.bfloat16 and activations.device.type == "cpu"
-        self._pads = has_matrix_units or getattr(experts, "pads", False)
+        makes_kernels = activations.dtype == torch.bfloat16 and activations.device.type == "cpu"
+        self._pads = makes_kernels or getattr(experts, "pads", False)
         self._order = chosen_TK.reshape(-1).argsort(stable=True)
         chosen, counts = chosen_TK.reshape(-1)[self._order].unique_consecutive(return_counts=True)
         self._experts: list[int] = chosen.tolist()

@@ -149,10 +149,30 @@ def test_a_layer_s_bytes_are_those_on_disk(family_folder: Path) -> None:
     assert layer_bytes(Student.teacher(source)) == pytest.approx(on_disk, rel=0.01)
 
 
-def test_small_models_and_other_processors_compute_in_float32(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("described", "allowed", "arithmetic"),
+    [
+        ("GenuineIntel avx2 avx512_bf16 amx_bf16", "ALL", "bfloat16"),
+        ("GenuineIntel avx2 avx512_bf16 amx_bf16", "AVX512_CORE_BF16", "float32"),
+        ("GenuineIntel avx2 avx512_bf16", "DEFAULT", "float32"),
+        ("AuthenticAMD avx2 avx512_bf16", "DEFAULT", "bfloat16"),
+        ("AuthenticAMD avx2 avx512_bf16", "AVX512_CORE_BF16", "bfloat16"),
+        ("AuthenticAMD avx2 avx512_bf16", "AVX2", "float32"),
+        ("AuthenticAMD avx2", "ALL", "float32"),
+    ],
+)
+def test_bfloat16_where_the_processor_multiplies_it_faster(
+    spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, described: str, allowed: str, arithmetic: str
+) -> None:
+    description = tmp_path / "cpuinfo"
+    description.write_text(described, encoding="utf-8")
+    monkeypatch.setattr("compressors.model.running.arithmetic._CPU_DESCRIPTION", description)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
+    assert fastest_arithmetic(replace(spec, hidden_size=2048), StorageType.BF16, "cpu") == arithmetic
+
+
+def test_small_models_and_other_dtypes_compute_in_float32(spec: ModelSpec) -> None:
     large = replace(spec, hidden_size=2048)
     assert fastest_arithmetic(spec, StorageType.BF16, "cuda") == "float32"
     assert fastest_arithmetic(large, StorageType.F16, "cuda") == "float32"
     assert fastest_arithmetic(large, StorageType.BF16, "cuda") == "bfloat16"
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert fastest_arithmetic(large, StorageType.BF16, "cpu") == "float32"
