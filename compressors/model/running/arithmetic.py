@@ -2,8 +2,8 @@
 
 Measured with oneDNN on Intel's Sapphire Rapids, products of 512 rows with a 2048 x 2048 matrix: with matrix units (AMX)
 bfloat16 is 3 to 4 times as fast as float32; with AVX-512 bfloat16 instructions alone it is slower, with AVX2 8 times
-slower. On AMD's Zen 4, which has those instructions and halves AVX-512 in float32, it is 2.5 times as fast, with 64 rows
-and with 4,096.
+slower. On AMD's Zen 4, which has those instructions and halves AVX-512 in float32, it is 2.5 times as fast, with 64
+rows and with 4,096.
 """
 
 from __future__ import annotations

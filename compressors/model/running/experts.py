@@ -306,9 +306,9 @@ class _Choice:
 class _Choices:
     """All choices of all tokens, grouped by expert.
 
-    In bfloat16 on a processor, every new number of rows costs tens of milliseconds, as long as a product itself, because
-    a kernel is made for its shape. So the numbers of rows are rounded up to a few different ones; elsewhere this
-    happens only within :func:`padded_products`.
+    In bfloat16 on a processor, every new number of rows costs tens of milliseconds, as long as a product itself,
+    because a kernel is made for its shape. So the numbers of rows are rounded up to a few different ones; elsewhere
+    this happens only within :func:`padded_products`.
     """
 
     def __init__(self, chosen_TK: torch.Tensor, activations: torch.Tensor, experts: nn.Module) -> None:
