@@ -28,10 +28,10 @@ defaults, compiled from the sources of the llama-cpp-python that we use. Ours is
 also compares routing, computes the file's weights in torch, and lets the original and the file write texts.
 
 *Peak* is the largest resident size of one process, mapped pages of files included; *together* that of all processes at
-once, shared pages counted once, sampled each second. Bytes are the kernel's: *disk* between memory and disk, *calls* by
-read and write calls, which leave mapped pages out. *Reads* are the bytes that positioned reads take from the source,
-divided by its size. *Disk* is the most that the files of a side take at once. Written by
-`python -m benchmarks.whole_run`.
+once, shared pages counted once, sampled every ten seconds. Bytes are the kernel's: *disk* between memory and disk,
+*calls* by read and write calls, which leave mapped pages out. *Reads* are the bytes that positioned reads take from the
+source, divided by its size. *Disk* is the most that the files of a side take at once. Written by `python -m
+benchmarks.whole_run`.
 """
 
 

@@ -20,7 +20,7 @@ import psutil
 __all__ = ["Cost", "Watched", "read_into_page_cache", "run_watched"]
 
 _POLL_SECONDS = 0.2
-_POLLS_BETWEEN_MEMORY = 5
+_POLLS_BETWEEN_MEMORY = 50  # mapping 14 GB, a process stands still for a fifth of a second each time
 _PR_SET_CHILD_SUBREAPER = 36  # <sys/prctl.h>
 
 _COUNTER = r"""
@@ -78,7 +78,7 @@ class Cost:
     seconds: float
     cpu_seconds: float
     peak_process: int  # the largest resident size of any of its processes, mapped pages of files included
-    peak_together: int  # of all processes at once, shared pages counted once; sampled each second
+    peak_together: int  # of all processes at once, shared pages counted once; sampled every ten seconds
     storage_read: int
     storage_written: int
     calls_read: int  # by read calls, from the page cache or the disk; mapped pages are not in it
