@@ -57,6 +57,8 @@ BLOCKS = StageFile("blocks.safetensors")
 """The token blocks of all three splits."""
 LAYER_INPUTS = StageFile("layer_inputs")
 """The inputs of each of the teacher's layers, and of its head, for the first calibration tokens."""
+OWN_LAYER_INPUTS = StageFile("own_layer_inputs")
+"""The same, while a file is written, of a student that differs, or of the teacher where its own are gone."""
 TARGETS = StageFile("targets")
 """The teacher's most probable next tokens at every calibration token."""
 SELECTION_PREDICTIONS = StageFile("selection.npy")

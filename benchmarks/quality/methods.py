@@ -124,7 +124,7 @@ def _compressed(teacher: Teacher, targets: Sequence[LayerTarget], *, sequential:
     for layer in compression.run():
         layers.append(layer.map)
         overlay |= layer.overlay
-    return Student(teacher.source, ExpertMap(teacher.spec.n_experts, tuple(layers)), overlay)
+    return Student(teacher.source, ExpertMap(teacher.spec.n_experts, tuple(layers))).with_overlay(overlay)
 
 
 def _everywhere(teacher: Teacher, size: MoeSize, *methods: Method, sequential: bool = False) -> Student:

@@ -53,7 +53,7 @@ def _dense(teacher: Teacher) -> Student:
     ).run():
         layers.append(layer.map)
         overlay |= layer.overlay
-    return Student(teacher.source, ExpertMap(spec.n_experts, tuple(layers)), overlay)
+    return Student(teacher.source, ExpertMap(spec.n_experts, tuple(layers))).with_overlay(overlay)
 
 
 STUDENTS: Mapping[str, Callable[[Teacher], Student]] = {

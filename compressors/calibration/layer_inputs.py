@@ -43,7 +43,8 @@ class LayerInputs:
         Raises:
             InputError: the files are missing or damaged.
         """
-        return ArrayFile.open(self._path(0)).shape
+        first = min(self._folder.glob("layer-*.npy"), default=self._path(0))  # others may be gone
+        return ArrayFile.open(first).shape
 
     def keep(self, layer: int, states: HiddenStates, blocks: Sequence[int]) -> None:
         """Writes the inputs of a layer.
@@ -67,6 +68,14 @@ class LayerInputs:
         """
         rows = ArrayFile.open(self._path(layer)).read(blocks.start, blocks.stop)
         return torch.from_numpy(rows).view(torch.bfloat16)
+
+    def remove(self, layer: int) -> None:
+        """Removes the inputs of a layer; it is no error if they are gone.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        self._path(layer).unlink(missing_ok=True)
 
     def _path(self, layer: int) -> Path:
         return self._folder / f"layer-{layer:03d}.npy"

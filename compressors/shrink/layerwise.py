@@ -24,10 +24,19 @@ from compressors.model.running.mtp import run_mtp
 from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.adapters import adapter_tensors
+from compressors.model.sources.narrowed import narrowed_tensors
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.merge import merged_statistics
-from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs, SharedParts
+from compressors.shrink.moe_block import (
+    CompressedBlock,
+    Evidence,
+    KeptNeurons,
+    Method,
+    MoeBlock,
+    Needs,
+    SharedParts,
+)
 
 __all__ = ["CompressedLayer", "LayerTarget", "LayerwiseCompression"]
 
@@ -191,6 +200,15 @@ class LayerwiseCompression:
             overlay |= {student.name(role, index): values.to(dtype) for role, values in _expert_biases(block).items()}
             overlay |= {student.name(role, index): values.contiguous() for role, values in _scales(block).items()}
         for expert in sorted(result.changed_experts - in_parts):
+            kept = result.narrowed.get(expert)
+            if kept is not None:
+                overlay |= narrowed_tensors(
+                    student.name(Role.EXPERT_DOWN, index, expert),
+                    kept.neurons,
+                    kept.correction_RM,
+                    block.down(expert).to(dtype) if kept.has_own_down else None,
+                )
+                continue
             projections = dict(zip(self._input_roles(index), block.input_matrices(expert), strict=True))
             projections[Role.EXPERT_DOWN] = block.down(expert)
             overlay |= {
@@ -283,7 +301,20 @@ def _then(first: CompressedBlock, second: CompressedBlock) -> CompressedBlock:
         if number in second.changed_experts or first.changed_experts.intersection(group)
     }
     router_changed = first.router_changed or second.router_changed
-    return CompressedBlock(second.block, groups, frozenset(changed), router_changed, second.parts)
+    narrowed = _narrowed(first, second)
+    return CompressedBlock(second.block, groups, frozenset(changed), router_changed, second.parts, narrowed)
+
+
+def _narrowed(first: CompressedBlock, second: CompressedBlock) -> dict[int, KeptNeurons]:
+    """The experts that one of two methods made narrower, and the other left as they were, by their last number."""
+    found: dict[int, KeptNeurons] = {}
+    for number, group in enumerate(second.groups):
+        before = group[0]
+        if number in second.narrowed and len(group) == 1 and before not in first.changed_experts:
+            found[number] = second.narrowed[number]
+        if before in first.narrowed and len(group) == 1 and number not in second.changed_experts:
+            found[number] = first.narrowed[before]
+    return found
 
 
 def _advance(

@@ -8,7 +8,7 @@ in float32, and does not know where weights come from or go. Letters as in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -21,7 +21,17 @@ from compressors.model.description.shared_bases import SharedBases
 from compressors.model.errors import InputError
 from compressors.shrink.needs import Needs
 
-__all__ = ["CompressedBlock", "Evidence", "Method", "MoeBlock", "Needs", "Routes", "SharedParts", "second_moment"]
+__all__ = [
+    "CompressedBlock",
+    "Evidence",
+    "KeptNeurons",
+    "Method",
+    "MoeBlock",
+    "Needs",
+    "Routes",
+    "SharedParts",
+    "second_moment",
+]
 
 
 @dataclass(frozen=True)
@@ -218,6 +228,16 @@ class SharedParts:
 
 
 @dataclass(frozen=True)
+class KeptNeurons:
+    """The neurons that an expert keeps of the one that it comes from, whose values it otherwise has."""
+
+    neurons: tuple[int, ...]  # ascending
+    correction_RM: torch.Tensor | None
+    """Float64: the factors of the columns of down that went, which are added to those that stay; None: nothing is."""
+    has_own_down: bool = False  # True if down has other values, and factors of it would take more room than it
+
+
+@dataclass(frozen=True)
 class CompressedBlock:
     """A method's result for a block."""
 
@@ -226,6 +246,7 @@ class CompressedBlock:
     changed_experts: frozenset[int] = frozenset()  # those with other weights than the expert they come from
     router_changed: bool = False  # True if a row differs from that of the expert it comes from
     parts: SharedParts | None = None  # those that some of its experts are made of; None: there are none
+    narrowed: Mapping[int, KeptNeurons] = field(default_factory=dict)  # the changed experts that are only narrower
 
     @classmethod
     def unchanged(cls, block: MoeBlock) -> CompressedBlock:

@@ -7,9 +7,7 @@ need of a run is that of its fullest stage. Bytes are upper bounds, apart from a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from statistics import fmean
+from collections.abc import Collection, Mapping, Sequence
 
 from compressors.calibration.sizes import (
     TARGET_BYTES,
@@ -19,12 +17,8 @@ from compressors.calibration.sizes import (
     n_kept_blocks,
 )
 from compressors.calibration.splits import BLOCK_LENGTH
-from compressors.model.description.spec import ModelSpec
 from compressors.model.running.arithmetic import value_bytes
 from exporter import file_names
-from exporter.capabilities.rules import Container
-from exporter.capabilities.table import refusal
-from exporter.estimating.estimate import SENSITIVITY_TOKENS
 from exporter.estimating.needs import (
     changed_expert_bytes,
     heldout_blocks,
@@ -34,17 +28,16 @@ from exporter.estimating.needs import (
     student_bytes,
     student_differs,
     taught_bytes,
-    training_snapshot_bytes,
     tunable_bytes,
 )
+from exporter.estimating.passing import compressing_bytes, gathering_bytes, state_bytes, training_step_bytes
 from exporter.estimating.planned_types import same_numbers
+from exporter.estimating.search_disk import search_lines
+from exporter.estimating.taken_inputs import inputs_beside_file
 from exporter.file_names import StageFile
-from exporter.pipeline.order import needless, search_stages, stages_of
-from exporter.planning.compression import by_layer, changes_experts, expected_spec, runs_text
+from exporter.pipeline.order import needless, search_stages, stages_of, taken
+from exporter.planning.compression import changes_experts
 from exporter.planning.plan import Plan
-from exporter.planning.recipe import CompressChoice
-from exporter.searching.ladder import ladder_for
-from exporter.searching.structures import MOST_STRUCTURES, structures_for, whole
 from exporter.stages.table import ALL_STAGES, OF_ALL_FILES
 from exporter.work.stage import Stage
 from validate.runtimes.backend import scored_positions
@@ -91,7 +84,11 @@ def disk_by_stage(plan: Plan, kept: Collection[str] = ()) -> dict[str, dict[str,
     stages, files, passing = _stages(plan), _files(plan), _passing(plan)
     found = {}
     for number, stage in enumerate(stages):
-        lines = _lying(files, stages[: number + 1], stages[number:], kept)
+        lines = _lying(plan, files, stages[: number + 1], stages[number:], kept)
+        for writer, file in files.keys() & taken(plan, stage, stages[number + 1 :]):
+            if writer not in kept:
+                what, n_bytes = files[writer, file]
+                lines[what] += _beside_file(plan, stage.name) - n_bytes
         lines.update(passing.get(stage.name, {}))
         found[stage.name] = dict(+lines)
     if plan.shard_bytes is not None and "gguf" in plan.predictions:  # the file and its parts lie there together
@@ -102,15 +99,17 @@ def disk_by_stage(plan: Plan, kept: Collection[str] = ()) -> dict[str, dict[str,
 def _left(plan: Plan) -> Counter[str]:
     """The bytes that a run leaves of its own when it is finished, until all others are."""
     stages = _stages(plan)
-    return _lying(_files(plan), [stage for stage in stages if stage.name not in OF_ALL_FILES], [], ())
+    return _lying(plan, _files(plan), [stage for stage in stages if stage.name not in OF_ALL_FILES], [], ())
 
 
-def _lying(files: _Files, written: Sequence[Stage], to_come: Sequence[Stage], kept: Collection[str]) -> Counter[str]:
+def _lying(
+    plan: Plan, files: _Files, written: Sequence[Stage], to_come: Sequence[Stage], kept: Collection[str]
+) -> Counter[str]:
     """The files of these stages, without those that no stage to come needs."""
     names = {stage.name for stage in written}
     gone = {
         (stage, file)
-        for stage, unneeded in needless([stage for stage in written if stage not in to_come], to_come).items()
+        for stage, unneeded in needless(plan, [stage for stage in written if stage not in to_come], to_come).items()
         for file in unneeded
         if stage not in kept
     }
@@ -184,25 +183,37 @@ def _passing(plan: Plan) -> dict[str, dict[str, int]]:
     text, recipe, n_heldout = plan.recipe.text, plan.recipe, heldout_blocks(plan)
     in_calibration = text.calibration_blocks * value_bytes(recipe.arithmetic)
     in_float32 = 4 * (text.selection_blocks + n_heldout)
-    runs = runs_text(recipe.compress, plan.teacher_spec) or changes_experts(recipe.compress)
     floor = {f"teacher_{name}": floor.file_bytes for name, floor in plan.teacher_floors.items()}
-    judging, measuring = _states(plan, 4 * text.selection_blocks), _states(plan, 4 * n_heldout)
+    judging = _states(state_bytes(plan, 4 * text.selection_blocks))
+    measuring = _states(state_bytes(plan, 4 * n_heldout))
     passing = {
-        # those in use, and the newest snapshot; routing by layer, until it is put together
-        "calibrate": _states(plan, 2 * (in_calibration + in_float32)) | dict([_routing(plan, n_heldout)]),
-        "sensitivity": _states(plan, 4 * SENSITIVITY_TOKENS // BLOCK_LENGTH * (plan.teacher_spec.n_layers + 2)),
-        "search": _search(plan),
-        "compress": _states(plan, 2 * in_calibration if runs else 0),
+        "calibrate": _calibrating(plan, state_bytes(plan, in_calibration + in_float32)),
+        "sensitivity": _states(gathering_bytes(plan)),
+        "search": search_lines(plan),
+        "compress": _states(compressing_bytes(plan)),
         "validate_torch": measuring,
         "validate_written": measuring,
     }
     for stage in ("schedule", "recover", "retune"):
-        passing[stage] = _training(plan, stage) | judging
+        passing[stage] = {"training": training_step_bytes(plan, stage)} | judging
     for artifact in recipe.artifacts:
         passing[artifact] = _choosing_codes(plan, artifact)
     for stage, n_bytes in floor.items():
         passing[stage] = {"the original, unquantized, while it is measured": n_bytes} | measuring
     return passing
+
+
+def _calibrating(plan: Plan, states: int) -> dict[str, int]:
+    """The hidden states in use, and the newest snapshot of them, which goes before the last files are written.
+
+    Routing is kept by layer until it is put together.
+    """
+    text, spec = plan.recipe.text, plan.teacher_spec
+    last = _predictions(plan, text.selection_blocks)[1] + _predictions(plan, heldout_blocks(plan))[1]
+    last += text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES if plan.keeps_targets else 0
+    if plan.keeps_layer_inputs:  # the head's
+        last += layer_input_bytes(spec, text.calibration_blocks * BLOCK_LENGTH) // (spec.n_layers + 1)
+    return {"hidden states": max(states, 2 * states - last)} | dict([_routing(plan, heldout_blocks(plan))])
 
 
 def _routing(plan: Plan, n_blocks: int) -> tuple[str, int]:
@@ -229,22 +240,8 @@ def _n_scored(n_blocks: int) -> int:
     return n_blocks * int(scored.stop - scored.start)
 
 
-def _states(plan: Plan, bytes_of_blocks: int) -> dict[str, int]:
-    """Hidden states of blocks, given the bytes of a value times their number."""
-    return {"hidden states": bytes_of_blocks * BLOCK_LENGTH * plan.teacher_spec.hidden_size}
-
-
-def _training(plan: Plan, stage: str) -> dict[str, int]:
-    """Every layer's input in a step, and in stages that train to the end two snapshots of what is trained."""
-    choice, spec = plan.recipe.recover, plan.student_spec
-    trained = {"schedule": choice.trained, "recover": choice.rungs, "retune": choice.trained[len(choice.rungs) :]}[
-        stage
-    ]
-    if not trained:
-        return {}
-    blocks = max(rung.blocks_per_step for rung in trained)
-    inputs = (spec.n_layers + 1) * blocks * BLOCK_LENGTH * spec.hidden_size * 4
-    return {"training": inputs + (0 if stage == "schedule" else 2 * training_snapshot_bytes(plan, trained))}
+def _states(n_bytes: int) -> dict[str, int]:
+    return {"hidden states": n_bytes}
 
 
 def _choosing_codes(plan: Plan, artifact: str) -> dict[str, int]:
@@ -254,55 +251,13 @@ def _choosing_codes(plan: Plan, artifact: str) -> dict[str, int]:
         return {}
     n_blocks = n_kept_blocks(recipe.text.calibration_blocks, BLOCK_LENGTH)
     inputs = layer_input_bytes(plan.student_spec, n_blocks * BLOCK_LENGTH)
-    states = _states(plan, n_blocks * value_bytes(recipe.arithmetic))
-    return {"layer inputs of the student, while codes are chosen": inputs} | states
+    states = state_bytes(plan, n_blocks * value_bytes(recipe.arithmetic))
+    before_the_file = inputs + states - plan.predictions[artifact].file
+    return {"layer inputs of the student, while codes are chosen": max(_beside_file(plan, artifact), before_the_file)}
 
 
-def _search(plan: Plan) -> dict[str, int]:
-    """The largest file while it is measured, and the largest of the smaller structures, one of which lies there."""
-    if plan.search is None:
-        return {}
-    original = whole(plan.teacher_spec)
-    structures = [choice for choice in structures_for(plan.search, plan.teacher_spec) if choice != original]
-    tried = [_as_tried(plan, choice) for choice in _largest(structures, plan)]
-    n_sensitivities = min(len(structures), MOST_STRUCTURES * len(plan.recipe.artifacts))
-    lines = Counter({"sensitivities": n_sensitivities * sensitivity_bytes(plan.teacher_spec)})
-    lines["files that the search measures"] = max(prediction.file for prediction in plan.predictions.values())
-    lines["a smaller structure that the search tries"] = max(map(_tried_bytes, tried), default=0)
-    return dict(lines)
-
-
-def _largest(structures: Sequence[CompressChoice], plan: Plan) -> Iterator[CompressChoice]:
-    """Yields the largest of the structures whose experts change, and the largest of the others, by parameters."""
-    for changed in (True, False):
-        alike = [choice for choice in structures if changes_experts(choice) is changed]
-        if alike:
-            yield max(alike, key=lambda choice: _relative_size(choice, plan.teacher_spec))
-
-
-def _relative_size(choice: CompressChoice, teacher: ModelSpec) -> float:
-    """The experts' parameters in relation to the original's, about; a dense student is smaller than all others."""
-    n_layers = teacher.n_layers - choice.drop_blocks - choice.drop_moe_layers
-    n_experts = n_layers * fmean(by_layer(choice.experts, 1, teacher.n_experts))
-    if choice.apart and choice.bases is not None:
-        n_experts = choice.bases  # those that stay as they are lie in no overlay
-    return n_experts * fmean(by_layer(choice.width, 1, teacher.expert_width))
-
-
-def _as_tried(plan: Plan, choice: CompressChoice) -> Plan:
-    """The plan of a run with this structure and the rungs that a search tries on it, which train no file."""
-    rungs, _ = ladder_for(choice, plan)
-    untyped, spec = {"mix": "F32", "tensors": {}}, expected_spec(choice, plan.teacher_spec)
-    files = {
-        name: plan.recipe.file(name).model_copy(update=untyped) if refusal(spec, Container(name)) is None else None
-        for name in plan.recipe.artifacts
-    }
-    return replace(plan, recipe=plan.recipe.model_copy(update={"compress": choice, "recover": rungs, **files}))
-
-
-def _tried_bytes(plan: Plan) -> int:
-    """A structure's experts, statistics and what it was taught, with what lies there while it is trained."""
-    statistics = statistics_bytes(plan.student_spec) if changes_experts(plan.recipe.compress) else 0
-    judging = _states(plan, 4 * plan.recipe.text.selection_blocks)
-    training = sum(_training(plan, "recover").values()) + sum(judging.values())
-    return changed_expert_bytes(plan) + statistics + taught_bytes(plan) + training
+def _beside_file(plan: Plan, artifact: str) -> int:
+    """The bytes of the layer inputs that a file uses up, beyond those of the whole file."""
+    n_blocks = n_kept_blocks(plan.recipe.text.calibration_blocks, BLOCK_LENGTH)
+    choice = plan.recipe.file(artifact)
+    return inputs_beside_file(artifact, plan.student_spec, choice, n_blocks * BLOCK_LENGTH)

@@ -12,11 +12,12 @@ from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import Kind
 from compressors.model.running.memory import PROCESS_BYTES, positions_at_once, working_bytes
+from compressors.model.sources.narrowed import narrowed_bytes
 from compressors.recover.scopes import Scope
 from compressors.recover.training_memory import training_bytes
 from compressors.shrink.replace import adapter_values
 from exporter.estimating.planned_types import planned_block_length
-from exporter.planning.compression import changes_experts
+from exporter.planning.compression import changes_experts, only_narrows, shrinks
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import RungChoice
 from exporter.planning.recovery import scope_of
@@ -98,11 +99,19 @@ def student_bytes(plan: Plan) -> int:
 
 
 def changed_expert_bytes(plan: Plan) -> int:
-    """Bytes of the experts that compression changes: all of the student's, bases and adapters alone, or none."""
+    """Bytes that lie in overlays of the experts that compression changes.
+
+    They are all of the student's experts; or the neurons that stay, and what makes up for the others; or bases and
+    adapters alone; or none.
+    """
     if not changes_experts(plan.recipe.compress):
         return 0
-    itemsize = plan.open_source().storage_type.itemsize
-    return expert_bytes(plan) - sum(_bytes_beside_bases(layer, itemsize) for layer in plan.student_spec.layers)
+    itemsize, layers = plan.open_source().storage_type.itemsize, plan.student_spec.layers
+    if only_narrows(plan.recipe.compress):
+        width, size = plan.teacher_spec.expert_width, plan.teacher_spec.expert_size
+        kept = [(layer.n_experts, layer.expert_width) for layer in layers if layer.n_experts]
+        return sum(n_experts * narrowed_bytes(size, width, n_kept, itemsize) for n_experts, n_kept in kept)
+    return expert_bytes(plan) - sum(_bytes_beside_bases(layer, itemsize) for layer in layers)
 
 
 def _bytes_beside_bases(layer: LayerSpec, itemsize: int) -> int:
@@ -155,8 +164,7 @@ def _router_values(spec: ModelSpec) -> int:
 
 def student_differs(plan: Plan) -> bool:
     """True if the inputs of the student's layers differ from those of the original's."""
-    shrunk = plan.student_spec != plan.teacher_spec or changes_experts(plan.recipe.compress)
-    return shrunk or bool(plan.recipe.recover.rungs)
+    return shrinks(plan.recipe.compress, plan.teacher_spec) or bool(plan.recipe.recover.rungs)
 
 
 def statistics_bytes(spec: ModelSpec) -> int:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from itertools import takewhile
 
 from exporter.file_names import StageFile
+from exporter.planning.compression import shrinks
 from exporter.planning.plan import Plan
 from exporter.stages.table import (
     ALL_STAGES,
@@ -26,10 +27,11 @@ from exporter.stages.table import (
     VALIDATE_GGUF,
     VALIDATE_ONNX,
 )
+from exporter.work.directory import Reads
 from exporter.work.input_state import SourceState
 from exporter.work.stage import Stage
 
-__all__ = ["fingerprints", "needless", "needs", "pareto_stages", "search_stages", "stages_of"]
+__all__ = ["fingerprints", "needless", "needs", "pareto_stages", "reads_of", "search_stages", "stages_of", "taken"]
 
 
 def stages_of(plan: Plan) -> tuple[Stage, ...]:
@@ -68,12 +70,32 @@ def needs(stage: Stage) -> tuple[str, ...]:
     return tuple(other.name for other in earlier if stage.depends_on(other))
 
 
-def needless(done: Sequence[Stage], to_come: Sequence[Stage]) -> dict[str, list[StageFile]]:
+def needless(plan: Plan, done: Sequence[Stage], to_come: Sequence[Stage]) -> dict[str, list[StageFile]]:
     """The files of stages that are done, by stage, which no stage to come reads, nor the report."""
-    needed = OF_THE_REPORT.union(*(stage.reads for stage in to_come))
+    needed = OF_THE_REPORT.union(*(reads_of(stage, plan) for stage in to_come))
     return {
         stage.name: [file for file in stage.writes if file.name and (stage.name, file) not in needed] for stage in done
     }
+
+
+def reads_of(stage: Stage, plan: Plan) -> Reads:
+    """The files that a stage reads in a run of this plan.
+
+    A writer reads the inputs of the original's layers only to choose codes for a student with the same layers.
+    """
+    if not stage.takes or plan.search is not None:  # a search may still find that they are needed
+        return stage.reads
+    chooses_codes = plan.recipe.file(stage.name).quantizer != "kernel"
+    return (
+        stage.reads
+        if chooses_codes and not shrinks(plan.recipe.compress, plan.teacher_spec)
+        else stage.reads - stage.takes
+    )
+
+
+def taken(plan: Plan, stage: Stage, to_come: Sequence[Stage]) -> Reads:
+    """The files that become a stage's own, because no stage to come reads them."""
+    return (reads_of(stage, plan) & stage.takes).difference(*(reads_of(other, plan) for other in to_come))
 
 
 def fingerprints(plan: Plan, stages: Sequence[Stage], source: SourceState) -> dict[str, str]:

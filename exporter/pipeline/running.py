@@ -7,14 +7,14 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 
 from compressors.model.errors import InputError, MoeExportError
-from exporter.pipeline.order import fingerprints, needless
+from exporter.pipeline.order import fingerprints, needless, reads_of, taken
 from exporter.pipeline.stage_process import Death, run_in_process, source_error
 from exporter.planning.plan import Plan
 from exporter.processes.progress import Count
 from exporter.processes.team import Team
 from exporter.progress.run_progress import RunProgress
 from exporter.stages.table import CALIBRATE
-from exporter.work.directory import StageRecord, WorkDirectory
+from exporter.work.directory import Reads, StageRecord, WorkDirectory
 from exporter.work.input_state import SourceState
 from exporter.work.stage import Stage
 
@@ -61,7 +61,7 @@ def run_stages(
     source.save(work.source_path)
     expected = fingerprints(plan, stages, source)
     records: dict[str, StageRecord] = {}
-    to_do = _to_do(work, stages, expected)
+    to_do = _to_do(plan, work, stages, expected)
     few = len(to_do) <= _FEW
     for is_done in (True, False):
         known = (work.stage(stage.name) for stage in stages if (stage.name not in to_do) == is_done)
@@ -73,17 +73,21 @@ def run_stages(
         else:
             progress.begin(work.stage(stage.name), stage.what)
             members = team if stage.shared else None
-            record = _run(stage, plan, work, expected[stage.name], members, count=progress.advance, alone=few)
+            own = _taken(plan, stage, stages[number:], to_do, kept)
+            record = _run(stage, plan, work, expected[stage.name], members, own, count=progress.advance, alone=few)
             progress.end(record.seconds, record.peak_rss_bytes)
         records[stage.name] = record
         if kept is not None:
             to_come = [other for other in stages[number:] if other.name in to_do]
-            _remove_needless(work, [other for other in stages[:number] if other.name not in kept], to_come)
+            _remove_needless(plan, work, [other for other in stages[:number] if other.name not in kept], to_come)
     return records
 
 
-def _to_do(work: WorkDirectory, stages: Sequence[Stage], expected: Mapping[str, str]) -> set[str]:
-    """The stages that are not done, and those before them whose files they read and that were removed since."""
+def _to_do(plan: Plan, work: WorkDirectory, stages: Sequence[Stage], expected: Mapping[str, str]) -> set[str]:
+    """The stages that are not done, and those before them whose files they read and that were removed since.
+
+    A stage that is not done makes files again that it can make itself.
+    """
     to_do: set[str] = set()
     wanted: set[tuple[str, str]] = set()
     for stage in reversed(stages):
@@ -91,12 +95,22 @@ def _to_do(work: WorkDirectory, stages: Sequence[Stage], expected: Mapping[str, 
         is_done = record is not None and record.fingerprint == expected[stage.name]
         if not is_done or any((stage.name, file) in wanted for file in work.removed(stage.name)):
             to_do.add(stage.name)
-            wanted |= {(writer, file.name) for writer, file in stage.reads}
+            wanted |= {(writer, file.name) for writer, file in reads_of(stage, plan) - stage.takes}
     return to_do
 
 
-def _remove_needless(work: WorkDirectory, done: Sequence[Stage], to_come: Sequence[Stage]) -> None:
-    for name, files in needless(done, to_come).items():
+def _taken(
+    plan: Plan, stage: Stage, later: Sequence[Stage], to_do: Collection[str], kept: Collection[str] | None
+) -> Reads:
+    """The files that become the stage's own; none of a stage whose files stay."""
+    if kept is None:
+        return frozenset()
+    own = taken(plan, stage, [other for other in later if other.name in to_do])
+    return frozenset((writer, file) for writer, file in own if writer not in kept)
+
+
+def _remove_needless(plan: Plan, work: WorkDirectory, done: Sequence[Stage], to_come: Sequence[Stage]) -> None:
+    for name, files in needless(plan, done, to_come).items():
         work.remove_files(name, files)
 
 
@@ -130,15 +144,25 @@ def unfinished(plan: Plan, work: WorkDirectory, stages: Sequence[Stage]) -> list
         InputError: the checkpoint is not the one that the run began with.
     """
     expected = fingerprints(plan, stages, source_of_run(plan, work)[0])
-    to_do = _to_do(work, stages, expected)
+    to_do = _to_do(plan, work, stages, expected)
     return [stage.name for stage in stages if stage.name in to_do]
 
 
 def _run(
-    stage: Stage, plan: Plan, work: WorkDirectory, fingerprint: str, team: Team | None, *, count: Count, alone: bool
+    stage: Stage,
+    plan: Plan,
+    work: WorkDirectory,
+    fingerprint: str,
+    team: Team | None,
+    own: Reads,
+    *,
+    count: Count,
+    alone: bool,
 ) -> StageRecord:
     with work.stage_lock():
         work.begin(stage.name, fingerprint, resumes=stage.resumes)
+        for writer, file in own:
+            work.hand_over(writer, file, stage.name)
     start = time.monotonic()
     call = None if team is None else team.call(_call(work, stage))
     end = run_in_process(work, stage.name, call, alone=alone, count=count)

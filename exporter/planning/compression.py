@@ -29,7 +29,9 @@ __all__ = [
     "check_compression",
     "described_compression",
     "expected_spec",
+    "only_narrows",
     "runs_text",
+    "shrinks",
 ]
 
 
@@ -151,6 +153,18 @@ def changes_experts(choice: CompressChoice) -> bool:
     """True if experts get weights of their own, which the overlay holds."""
     rewritten = choice.width is not None or choice.edit_size is not None or choice.student == "dense"
     return rewritten or (choice.method != "none" and METHODS[choice.method].changes_weights)
+
+
+def only_narrows(choice: CompressChoice) -> bool:
+    """True if each expert with other weights has some of the neurons of one of the original's, and nothing else."""
+    rewritten = choice.edit_size is not None or choice.student == "dense"
+    merged = choice.method != "none" and METHODS[choice.method].changes_weights
+    return choice.width is not None and not rewritten and not merged
+
+
+def shrinks(choice: CompressChoice, teacher: ModelSpec) -> bool:
+    """True if the student has other layers than the original before anything is taught."""
+    return changes_experts(choice) or expected_spec(choice, teacher) != teacher
 
 
 def runs_text(choice: CompressChoice, teacher: ModelSpec) -> bool:

@@ -117,15 +117,16 @@ class Trial:
         return TypeTable.from_json(json.loads(path.read_text(encoding="utf-8")))
 
     def remove(self) -> None:
-        """Removes the student; its figures and sensitivities stay."""
-        for name in ("compress", "recover"):
-            shutil.rmtree(self.context.work.stage(name), ignore_errors=True)
+        """Removes the student and its sensitivities; its figures stay."""
+        work = self.context.work
+        for folder in (work.stage("compress"), work.stage("recover"), self._own_sensitivities):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _sensitivities(self, student: Student) -> Sensitivities:
         tied = student.spec.tied_embeddings
         if self.is_original:
             return Sensitivities(self.context.work.path("sensitivity", SENSITIVITIES), tied)
-        folder = self.context.output / "sensitivity"
+        folder = self._own_sensitivities
         if not folder.exists():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -140,6 +141,10 @@ class Trial:
             flush_folder(unfinished)
             unfinished.rename(folder)
         return Sensitivities(folder, tied)
+
+    @property
+    def _own_sensitivities(self) -> Path:
+        return self.context.output / "sensitivity"
 
     def _remembered(self, what: str, measure: Callable[[], float]) -> float:
         path: Path = self.context.output / f"{what}.json"

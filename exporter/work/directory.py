@@ -12,8 +12,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -32,6 +31,7 @@ from exporter.file_names import (
 )
 from exporter.planning.plan import Plan
 from exporter.work.input_state import SourceState
+from exporter.work.record import StageRecord, note_removed, read_record, removed_since, write_record
 from exporter.writing.files import flush, flush_folder, write_atomically
 
 __all__ = ["Reads", "StageRecord", "UndeclaredFileError", "WorkDirectory", "exclusive", "make_folder"]
@@ -39,21 +39,7 @@ __all__ = ["Reads", "StageRecord", "UndeclaredFileError", "WorkDirectory", "excl
 Reads = frozenset[tuple[str, StageFile]]
 """Files that a stage reads, each with the name of the stage that writes it."""
 
-_NOT_OF_THE_STAGE = (STAGE_RECORD, f"{STAGE_RECORD}{PARTIAL_SUFFIX}", STAGE_FINGERPRINT)
-"""Files in a stage's folder that are not its own; a kill may leave the second, of a record that was written anew."""
-
 _STAGE_ENDS_WITHIN = 20  # seconds; a stage checks for its parent far more often, unless the system is thrashing
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """The facts that are kept about a finished stage."""
-
-    fingerprint: str
-    seconds: float
-    peak_rss_bytes: int
-    source_bytes: int = 0  # read of the original's weights, as often as they were read
-    crash: str | None = None  # how the runtime died, for stages where a crash is a finding
 
 
 class UndeclaredFileError(LookupError):
@@ -265,22 +251,11 @@ class WorkDirectory:
 
         Files that were removed because nothing needed them (:meth:`remove_files`) are not missed.
         """
-        folder = self.stage(name)
-        try:
-            kept = json.loads((folder / STAGE_RECORD).read_text(encoding="utf-8"))
-            gone = _paths_of(kept.get("removed", ()), [*kept["files"], *_sizes(folder)])
-            before, now = (_without(sizes, gone) for sizes in (kept["files"], _sizes(folder)))
-            return StageRecord(**kept["record"]) if before == now else None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return None
+        return read_record(self.stage(name))
 
     def removed(self, name: str) -> frozenset[str]:
         """The names of the files of a finished stage that were removed; none if it is not finished."""
-        try:
-            kept = json.loads((self.stage(name) / STAGE_RECORD).read_text(encoding="utf-8"))
-            return frozenset(kept.get("removed", ()))
-        except (OSError, ValueError, TypeError, AttributeError):
-            return frozenset()
+        return removed_since(self.stage(name))
 
     def remove_files(self, name: str, files: Collection[StageFile]) -> None:
         """Removes files of a finished stage that nothing needs any more. The stage stays finished.
@@ -291,12 +266,21 @@ class WorkDirectory:
         there = [file for file in files if file.all_within(folder)]
         if not there:
             return
-        kept = json.loads((folder / STAGE_RECORD).read_text(encoding="utf-8"))
-        kept["removed"] = sorted({*kept.get("removed", ()), *(file.name for file in there)})
-        write_atomically(folder / STAGE_RECORD, json.dumps(kept, indent=1, sort_keys=True))
+        note_removed(folder, there)
         for file in there:
             for path in file.all_within(folder):
                 _remove(path)
+
+    def hand_over(self, name: str, file: StageFile, receiver: str) -> None:
+        """Moves a file of a finished stage into the unfinished folder of another, unless it has it already.
+
+        The stage stays finished. A kill after the note leaves the file where it was, for the next attempt to move.
+        """
+        there, target = file.within(self.stage(name)), file.within(self.partial(receiver))
+        if there.exists():
+            note_removed(self.stage(name), [file])
+            _remove(target)
+            there.rename(target)
 
     def begin(self, name: str, fingerprint: str, *, resumes: bool = True) -> Path:
         """The folder for a stage to write into: empty, or as a killed attempt with the same fingerprint left it.
@@ -315,10 +299,7 @@ class WorkDirectory:
     def finish(self, name: str, record: StageRecord) -> None:
         """Makes the partial folder the finished one."""
         partial = self.partial(name)
-        write_atomically(
-            partial / STAGE_RECORD,
-            json.dumps({"record": asdict(record), "files": _sizes(partial)}, indent=1, sort_keys=True),
-        )
+        write_record(partial, record)
         flush_folder(partial)
         partial.rename(self.stage(name))
         flush(self.place(name))
@@ -362,30 +343,6 @@ def _remove(path: Path) -> None:
     for name in (STAGE_RECORD, STAGE_FINGERPRINT):
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path)
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file below a stage's folder that is the stage's own, by path."""
-    return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in _NOT_OF_THE_STAGE
-    }
-
-
-def _without(sizes: Mapping[str, int], gone: Collection[str]) -> dict[str, int]:
-    return {path: size for path, size in sizes.items() if path not in gone}
-
-
-def _paths_of(names: Collection[str], paths: Collection[str]) -> set[str]:
-    """Those of the paths below a stage's folder that are files of these names, or lie in a folder of such a name."""
-    patterns = [PurePath(StageFile(name).pattern) for name in names]
-
-    def is_named(path: PurePath) -> bool:
-        starts = (PurePath(*path.parts[: len(pattern.parts)]) for pattern in patterns)
-        return any(start.match(str(pattern)) for start, pattern in zip(starts, patterns, strict=True))
-
-    return {path for path in paths if is_named(PurePath(path))}
 
 
 def _text(path: Path) -> str | None:

@@ -33,6 +33,9 @@ class Stage:
     reads: Reads = frozenset()
     writes: tuple[StageFile, ...] = ()
     rewrites: Reads = frozenset()  # files of other stages that it changes
+    takes: Reads = frozenset()
+    """Files that it reads and can make itself. They become its own where no stage to come reads them: it finds them in
+    its folder, and removes each as soon as it was used."""
     is_helped_by: Reads = frozenset()  # files that it may open, and whose content changes none of its results
     choices: tuple[str, ...] = ()  # parts of the recipe, or of the plan, that its outputs depend on
     resumes: bool = False  # it continues with the files of a killed attempt

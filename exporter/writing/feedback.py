@@ -6,7 +6,9 @@ An expert's sums are computed in the thread that quantizes the expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -49,12 +51,21 @@ class StudentFeedback:
         moments: the student's second moments.
         tied: True if the embedding is the head.
         gradient: the embedding's; with None, a tied embedding is treated as a head, any other gets no feedback.
+        remove: removes the stored inputs of a layer, or of the head as number L, after their last use; None: they stay.
     """
 
-    def __init__(self, moments: SecondMoments, *, tied: bool, gradient: EmbeddingGradient | None = None) -> None:
+    def __init__(
+        self,
+        moments: SecondMoments,
+        *,
+        tied: bool,
+        gradient: EmbeddingGradient | None = None,
+        remove: Callable[[int], None] | None = None,
+    ) -> None:
         self._moments = moments
         self._tied = tied
         self._gradient = gradient
+        self._remove = remove
         self._found: dict[Role, Feedback] = {}  # for the part of the model that was last asked for
         self._layer: tuple[int, LayerMoments] | None = None
 
@@ -79,6 +90,16 @@ class StudentFeedback:
         inputs = self._of_layer(layer).experts
         assert inputs is not None, f"layer {layer} has no experts"
         return ExpertFeedback(inputs)
+
+    def release(self, layer: int | None) -> Callable[[], None] | None:
+        """Returns the function to call when all matrices of a layer are written, or with None all outside of layers.
+
+        Returns:
+            None if nothing is to be done then.
+        """
+        number = self._moments.spec.n_layers if layer is None else layer
+        is_behind = layer is not None and layer >= self._moments.spec.n_layers  # its inputs were never kept
+        return None if self._remove is None or is_behind else partial(self._remove, number)
 
     def _of_layer(self, layer: int) -> LayerMoments:
         if self._layer is None or self._layer[0] != layer:

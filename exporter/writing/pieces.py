@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 from compressors.model.threads import one_thread_each
 from exporter.writing.resumable import Extent, Part, ResumableFile
 
-__all__ = ["MatrixRows", "Piece", "row_slices", "whole_experts", "write_pieces"]
+__all__ = ["MatrixRows", "Piece", "last_of_layers", "row_slices", "whole_experts", "write_pieces"]
 
 _PIECE_VALUES = 4 << 20  # about as many as an expert has
 _AHEAD_BYTES = 64 << 20  # output that may wait for its turn, beyond one piece for each thread
@@ -27,6 +27,7 @@ class Piece(Extent):
     """A part of a file that is read, made and written as one."""
 
     read: Callable[[], Callable[[], Sequence[Part]]]  # reads the weights; its result quantizes them, in a thread
+    then: Callable[[], None] | None = None  # is called when no attempt makes this piece, or one before it, again
 
 
 class MatrixRows(Protocol):
@@ -59,6 +60,12 @@ def whole_experts(all_rows: Iterable[_Rows]) -> Iterator[tuple[_Rows, ...]]:
         yield from experts.values()
 
 
+def last_of_layers(groups: Iterable[Sequence[MatrixRows]]) -> dict[int, int | None]:
+    """The layers by the number of the last group of rows that each has; None stands for what is outside of layers."""
+    last = {group[0].layer: number for number, group in enumerate(groups)}
+    return {number: layer for layer, number in last.items()}
+
+
 def row_slices(n_rows: int, row_length: int, multiple: int = 1) -> list[slice]:
     """Cuts a large matrix into slices of a multiple of ``multiple`` rows; the last one takes the rest."""
     step = max(1, _PIECE_VALUES // (row_length * multiple)) * multiple
@@ -89,6 +96,9 @@ def write_pieces(
     with one_thread_each(threads) as pool:
         for piece, parts in _in_order(pool, pieces[file.n_pieces :], threads):
             file.write_piece(parts)
+            if piece.then is not None:
+                file.record()
+                piece.then()
             report(piece.n_bytes)
 
 

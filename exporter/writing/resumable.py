@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.writing.files import check_free_space, not_written, write_at, write_note
+from exporter.writing.files import check_free_space, flush, not_written, write_at, write_note
 
 __all__ = ["Extent", "Part", "ResumableFile", "is_published", "resuming"]
 
@@ -107,6 +107,19 @@ class ResumableFile:
         if self._flush is None and self._unflushed_bytes >= _FLUSH_BYTES:
             self._unflushed_bytes = 0
             self._flush = self._flusher.submit(self._record, self.n_pieces)
+
+    def record(self) -> None:
+        """Returns when all written pieces are on the disk, and noted there: no attempt makes them again.
+
+        Raises:
+            OSError: the disk is full or failed.
+        """
+        if self._flush is not None:
+            self._flush.result()
+            self._flush = None
+        self._unflushed_bytes = 0
+        self._record(self.n_pieces)
+        flush(self._journal.parent)
 
     def publish(self) -> None:
         """Gives the finished file its name."""

@@ -73,7 +73,7 @@ def test_narrower_experts_do_without_idle_neurons(
         ).run()
     )
     overlay = {name: tensor for layer in done for name, tensor in layer.overlay.items()}
-    student = Student(source, ExpertMap(8, tuple(layer.map for layer in done)), overlay)
+    student = Student(source, ExpertMap(8, tuple(layer.map for layer in done))).with_overlay(overlay)
     expected = _logits(Student.teacher(source), blocks_BT)
     assert (_logits(student, blocks_BT) - expected).abs().max() < 1e-4 * expected.abs().max()
     if source.family.refusal(student.spec) is not None:

@@ -61,6 +61,15 @@ class KeptWeights:
         came_from = self._experts.blocks[layer]
         self._source.read_expert(role, came_from.source, came_from.kept[expert], out)
 
+    def whole_expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
+        """One expert's matrix as wide as the source has it, in storage dtype, in new memory."""
+        import torch
+
+        source = self._experts.blocks[layer].source
+        out = torch.empty(self._source.spec.dimensions(role, source), dtype=self.dtype)
+        self.read_expert(role, layer, expert, out)
+        return out
+
     def stored_types(self, role: Role, layer: int | None) -> tuple[GGMLQuantizationType, ...]:
         """ggml's types in which the source holds a tensor; none if it is stored otherwise, or not all of it is kept."""
         if self._experts_axis(role, layer) is not None:

@@ -24,6 +24,7 @@ from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.weight_file import StoredTensors
 from compressors.model.sources.adapters import AdaptedExperts, Without, factors_of, holds_adapter, holds_adapters
 from compressors.model.sources.kept_weights import KeptWeights
+from compressors.model.sources.narrowed import NarrowedExperts, holds_narrowed
 from compressors.model.sources.source import Source
 from compressors.model.sources.weights import Weights, WrittenWeights
 
@@ -358,9 +359,12 @@ class Student:
     def with_overlay(self, overlay: Mapping[str, torch.Tensor]) -> Student:
         """The same student with these tensors in place of its own, and with adapters on top of them.
 
-        Tensors are read from the overlay, and adapters merged, when they are asked for. Adapters of an expert that
-        stands on a base take the place of those that it had.
+        Tensors are read from the overlay, narrower experts put together, and adapters merged, when they are asked for.
+        Adapters of an expert that stands on a base take the place of those that it had.
         """
+        if holds_narrowed(overlay):
+            assert isinstance(self._weights, KeptWeights), "only the source's experts are made narrower"
+            overlay = NarrowedExperts(overlay, self.spec, self.name, self._weights.whole_expert)
         if holds_adapters(overlay):
             overlay = AdaptedExperts(overlay, self.spec, self.name, partial(self._under_adapter, overlay))
         below = self.overlay.maps if isinstance(self.overlay, ChainMap) else [self.overlay]

@@ -10,11 +10,12 @@ from typing import ClassVar
 
 import torch
 
-from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, second_moment
+from compressors.model.sources.narrowed import correction_is_smaller, narrowed_down
+from compressors.shrink.moe_block import CompressedBlock, Evidence, KeptNeurons, MoeBlock, Needs, second_moment
 from compressors.shrink.prune import highest
 from compressors.shrink.slim.possible_widths import check_width
 
-__all__ = ["SlimWidth", "compensated_down", "neuron_importance"]
+__all__ = ["SlimWidth", "compensation", "neuron_importance"]
 
 _PRIOR_TOKENS = 100
 """The plain slice weighs as much as this many tokens of average activations. On two layers of both trained fixtures, at
@@ -27,8 +28,8 @@ class SlimWidth:
     """Structured width pruning inside each expert, with least-squares compensation.
 
     Each expert keeps its ``width`` neurons of highest :func:`neuron_importance`, in ascending order, with their gate
-    and up rows as they were; its down projection becomes :func:`compensated_down`. Both look at the sample tokens that
-    chose the expert. At full width the block is returned as it is.
+    and up rows as they were; the columns of its down projection get those of the cut neurons by :func:`compensation`.
+    Both look at the sample tokens that chose the expert. At full width the block is returned as it is.
     """
 
     width: int
@@ -44,7 +45,7 @@ class SlimWidth:
         if self.width == block.width:
             return CompressedBlock.unchanged(block)
         routes = block.route(evidence.router_sample_TD)
-        gate_up, biases, down = [], [], []
+        gate_up, biases, down, narrowed = [], [], [], {}
         for expert in range(block.n_experts):
             hidden_nF = block.hidden(expert, evidence.sample_TD[routes.of_expert(expert)[0]])
             moment_FF = second_moment(hidden_nF)
@@ -54,9 +55,19 @@ class SlimWidth:
             if block.gate_up_bias_EF is not None:
                 biases.append(block.gate_up_bias_EF[expert, rows])
             ridge = _PRIOR_TOKENS * float(moment_FF.diagonal().mean()) / max(len(hidden_nF), 1)
-            down.append(compensated_down(block.down(expert), moment_FF, kept, ridge))
+            correction_RM = compensation(moment_FF, kept, ridge)
+            down.append(narrowed_down(block.down(expert), kept, correction_RM))
+            narrowed[expert] = self._kept(block, kept, correction_RM)
         narrower = replace(block, gate_up_bias_EF=torch.stack(biases) if biases else None)
-        return CompressedBlock.rewritten(narrower, torch.stack(gate_up), torch.stack(down))
+        rewritten = CompressedBlock.rewritten(narrower, torch.stack(gate_up), torch.stack(down))
+        return replace(rewritten, narrowed=narrowed)
+
+    def _kept(self, block: MoeBlock, kept: tuple[int, ...], correction_RM: torch.Tensor | None) -> KeptNeurons:
+        if correction_RM is None or correction_is_smaller(
+            block.size, len(correction_RM), block.down_EDF.element_size()
+        ):
+            return KeptNeurons(kept, correction_RM)
+        return KeptNeurons(kept, None, has_own_down=True)
 
 
 def neuron_importance(block: MoeBlock, expert: int, hidden_square_F: torch.Tensor) -> torch.Tensor:
@@ -76,23 +87,22 @@ def neuron_importance(block: MoeBlock, expert: int, hidden_square_F: torch.Tenso
     return norms_F * down_norms_F
 
 
-def compensated_down(
-    down_DF: torch.Tensor, moment_FF: torch.Tensor, kept: tuple[int, ...], ridge: float
-) -> torch.Tensor:
-    """The down projection of the kept neurons that comes closest to the full one's output: float32 [D, M].
+def compensation(moment_FF: torch.Tensor, kept: tuple[int, ...], ridge: float) -> torch.Tensor | None:
+    """The factors of the cut columns with which the narrower down projection comes closest to the full one's output.
 
     Minimises sum ||W h - W' h_M||^2 + ridge ||W' - W_M||^2 over the tokens behind the second moment S = sum h h^T:
     W' = W_M + W_R S_RM (S_MM + ridge I)^-1, with the dropped neurons R. Least squares after channel pruning are those
     of He et al. (arXiv 1707.06168). The ridge pulls towards the plain slice, not towards zero: the fewer tokens an
     expert has, the less its columns change, and without tokens they stay as they are.
+
+    Returns:
+        S_RM (S_MM + ridge I)^-1, float64 [R, M]; None without tokens.
     """
+    if not moment_FF.any():
+        return None
     is_kept_F = torch.zeros(len(moment_FF), dtype=torch.bool)
     is_kept_F[list(kept)] = True
-    kept_DM = down_DF[:, is_kept_F]
-    if not moment_FF.any():
-        return kept_DM
     system_MM = moment_FF[is_kept_F][:, is_kept_F]
     system_MM.diagonal().add_(ridge)
-    lost_DM = down_DF[:, ~is_kept_F].double() @ moment_FF[~is_kept_F][:, is_kept_F]
-    correction_DM: torch.Tensor = torch.linalg.solve(system_MM, lost_DM, left=False)
-    return (kept_DM + correction_DM).float()
+    factors_RM: torch.Tensor = torch.linalg.solve(system_MM, moment_FF[~is_kept_F][:, is_kept_F], left=False)
+    return factors_RM

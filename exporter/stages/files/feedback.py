@@ -18,7 +18,7 @@ from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.student import Student
 from compressors.sensitivity.matrices import Sensitivities
-from exporter.file_names import LAYER_INPUTS, SENSITIVITIES
+from exporter.file_names import LAYER_INPUTS, OWN_LAYER_INPUTS, SENSITIVITIES
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Quantizer
 from exporter.stages.inputs import memory_limit, token_blocks, use_threads
@@ -37,25 +37,23 @@ def feedback_for(
     """The feedback of a student's matrices; None where the kernels choose the codes.
 
     The inputs of the original's layers are known from calibration. A student that differs first runs the same tokens
-    through its own layers; their inputs are kept in the folder until the file is done, so that an interrupted attempt
-    to write the same student there can continue.
+    through its own layers, and so does the original where they are gone. Inputs that lie in the folder are this file's
+    alone: a layer's go as soon as the layer is on the disk. The others stay until the file is done, so that an
+    interrupted attempt to write the same student there can continue.
     """
     if quantizer == "kernel":
         yield None
         return
-    own = LAYER_INPUTS.within(folder)
     dtype = dtype_of(context.plan.recipe.arithmetic)
-    if student.is_original:
-        inputs = LayerInputs(context.work.path("calibrate", LAYER_INPUTS))
-    else:
-        inputs = _own_inputs(context, student, own, dtype)
+    inputs, stay = _inputs(context, student, folder, dtype)
     threads = writer_threads(context.plan, student.spec, quantizer)
     moments = SecondMoments(student, inputs, dtype=dtype, threads=threads)
     tied = student.spec.tied_embeddings
     of_vocabulary = Sensitivities(context.work.path("sensitivity", SENSITIVITIES), tied).vocabulary
     gradient = EmbeddingGradient(of_vocabulary.embedding_gradient_moments, float(of_vocabulary.kappa))
-    yield StudentFeedback(moments, tied=tied, gradient=gradient)
-    shutil.rmtree(own, ignore_errors=True)
+    yield StudentFeedback(moments, tied=tied, gradient=gradient, remove=None if stay else inputs.remove)
+    for own in (LAYER_INPUTS, OWN_LAYER_INPUTS):
+        shutil.rmtree(own.within(folder), ignore_errors=True)
 
 
 def writer_threads(plan: Plan, spec: ModelSpec, quantizer: Quantizer) -> int:
@@ -65,8 +63,21 @@ def writer_threads(plan: Plan, spec: ModelSpec, quantizer: Quantizer) -> int:
     return threads_within(plan.memory_bytes - PROCESS_BYTES, spec, plan.recipe.threads)
 
 
+def _inputs(context: StageContext, student: Student, folder: Path, dtype: torch.dtype) -> tuple[LayerInputs, bool]:
+    """Returns the inputs of the student's layers, and whether they stay after their use here, for another file."""
+    taken, own = LAYER_INPUTS.within(folder), OWN_LAYER_INPUTS.within(folder)
+    if student.is_original and not own.exists():
+        if taken.exists():
+            return LayerInputs(taken), False
+        kept = context.work.path("calibrate", LAYER_INPUTS)
+        if kept.exists():
+            return LayerInputs(kept), True
+    shutil.rmtree(taken, ignore_errors=True)  # those of the original
+    return _own_inputs(context, student, own, dtype), False
+
+
 def _own_inputs(context: StageContext, student: Student, folder: Path, dtype: torch.dtype) -> LayerInputs:
-    """Runs the first calibration tokens through the student, unless an earlier attempt has done so."""
+    """Runs the first calibration tokens through the student, unless an attempt to write the same file has done so."""
     if folder.exists():
         return LayerInputs(folder)
     use_threads(context.plan)

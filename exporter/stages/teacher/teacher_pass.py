@@ -103,7 +103,7 @@ class TeacherPass:
                 yield 1
                 continue
             routing.write(layer, self._shares["heldout"], self._recorder.take(layer))
-            if inputs is not None:
+            if inputs is not None and layer + 1 < n_layers:
                 inputs.keep(layer + 1, self._hidden[0], self._shares["calibration"])
             yield 1
             snapshot.keep(layer + 1, self._save_hidden)
@@ -112,6 +112,8 @@ class TeacherPass:
             routing.collected().save(self._place(ROUTING))
             routing.remove()
             snapshot.remove()
+        if inputs is not None:  # the head's, for which the snapshot has made room
+            inputs.keep(n_layers, self._hidden[0], self._shares["calibration"])
 
     def write_predictions(self) -> torch.Tensor:
         """Writes targets and predictions from the hidden states after the last layer.

@@ -22,7 +22,7 @@ from compressors.quantize.kernels import quantize_rows
 from exporter.writing.feedback import ExpertFeedback, StudentFeedback
 from exporter.writing.gguf.container import aligned
 from exporter.writing.gguf.layout import PlannedTensor
-from exporter.writing.pieces import Piece, row_slices, whole_experts
+from exporter.writing.pieces import Piece, last_of_layers, row_slices, whole_experts
 from exporter.writing.resumable import Part
 
 __all__ = ["weight_pieces"]
@@ -46,10 +46,13 @@ def weight_pieces(
     """
     matrices = _Matrices(student, importance, feedback)
     all_rows = _plan_rows(student, tensors, offset)
+    groups = [(rows,) for rows in all_rows] if feedback is None else list(whole_experts(all_rows))
+    layers = {} if feedback is None else last_of_layers(groups)
     end = offset
-    for group in ((rows,) for rows in all_rows) if feedback is None else whole_experts(all_rows):
+    for number, group in enumerate(groups):
         end = max(end, *(rows.offset + rows.n_bytes for rows in group))
-        yield Piece(sum(rows.n_bytes for rows in group), end, partial(matrices.read, group))
+        then = feedback.release(layers[number]) if feedback is not None and number in layers else None
+        yield Piece(sum(rows.n_bytes for rows in group), end, partial(matrices.read, group), then)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from compressors.quantize.kernels import quantize_rows
 from exporter.writing.feedback import ExpertFeedback, StudentFeedback
 from exporter.writing.onnx.encodings import Encoding
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan
-from exporter.writing.pieces import Piece, row_slices, whole_experts
+from exporter.writing.pieces import Piece, last_of_layers, row_slices, whole_experts
 from exporter.writing.resumable import Part
 
 __all__ = ["Place", "weight_pieces"]
@@ -50,11 +50,14 @@ def weight_pieces(
     """
     weights = _Weights(student, importance, feedback)
     all_rows = _plan_rows(layout)
+    groups = [(rows,) for rows in all_rows] if feedback is None else list(whole_experts(all_rows))
+    layers = {} if feedback is None else last_of_layers(groups)
     end = 0
-    for group in ((rows,) for rows in all_rows) if feedback is None else whole_experts(all_rows):
+    for number, group in enumerate(groups):
         end = max(end, *(place.end for rows in group for place in rows.places))
         n_bytes = sum(place.n_bytes for rows in group for place in rows.places)
-        yield Piece(n_bytes, end, partial(weights.read, group))
+        then = feedback.release(layers[number]) if feedback is not None and number in layers else None
+        yield Piece(n_bytes, end, partial(weights.read, group), then)
 
 
 @dataclass(frozen=True)

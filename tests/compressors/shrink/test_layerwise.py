@@ -71,7 +71,7 @@ def compress(
 def _student(source: Checkpoint, layers: Sequence[CompressedLayer]) -> Student:
     overlay = {name: tensor for layer in layers for name, tensor in layer.overlay.items()}
     assert len(overlay) == sum(len(layer.overlay) for layer in layers), "no name is there twice"
-    return Student(source, ExpertMap(32, tuple(layer.map for layer in layers)), overlay)
+    return Student(source, ExpertMap(32, tuple(layer.map for layer in layers))).with_overlay(overlay)
 
 
 @torch.no_grad()
@@ -301,7 +301,7 @@ def test_what_comes_out_loads_as_a_student(
     for number, expert in enumerate(layers[0].map.kept):
         rows = {tuple(row) for row in source.expert(Role.EXPERT_GATE, 0, expert).tolist()}
         assert all(tuple(row) in rows for row in loaded.expert(Role.EXPERT_GATE, 0, number).tolist())
-    assert set(layers[1].overlay) == {
+    assert {name for name in loaded.overlay if ".layers.1." in name} == {
         f"model.layers.1.mlp.experts.{expert}.{name}_proj.weight"
         for expert in range(9)
         for name in ("gate", "up", "down")
@@ -351,7 +351,8 @@ def test_a_float32_source_s_overlay_can_be_written(
     (layer,) = compression.run()
     save_file(layer.overlay, tmp_path / "overlay.safetensors")
     written = load_file(tmp_path / "overlay.safetensors")
-    assert len(written) == 8 * 3
+    n_merged = sum(len(group) > 1 for group in layer.map.groups)  # the others have the numbers of their neurons
+    assert len([name for name in written if name.endswith("_proj.weight")]) == n_merged * 3 > 0
     assert all(torch.equal(written[name], tensor) for name, tensor in layer.overlay.items())
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from compressors.model.errors import InputError
+from compressors.model.sources.narrowed import narrowed_down
 from compressors.shrink.moe_block import Evidence, MoeBlock, second_moment
 from compressors.shrink.slim import check_width
-from compressors.shrink.slim.width import SlimWidth, compensated_down
+from compressors.shrink.slim.width import SlimWidth, compensation
 
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
 
@@ -78,7 +79,8 @@ def test_compensation_is_least_squares(coarse_folder: Path, trained_block: Train
     kept = tuple(range(1, block.width, 3))
     assert len(hidden) > 3 * len(kept)
     ridge = 1e-10 * (hidden**2).sum()
-    found = compensated_down(block.down(expert), second_moment(torch.tensor(hidden)), kept, ridge)
+    factors_RM = compensation(second_moment(torch.tensor(hidden)), kept, ridge)
+    found = narrowed_down(block.down(expert), kept, factors_RM)
     expected = np.linalg.lstsq(hidden[:, kept], hidden @ _array(block.down(expert)).T, rcond=None)[0].T
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4 * abs(expected).max())
 

@@ -251,7 +251,8 @@ def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
     of_all = 512 * spec.hidden_size
     calibrate = by_stage["calibrate"]
     assert plan.recipe.arithmetic == "float32"
-    assert calibrate["hidden states"] == 2 * (40 + 4 + 6) * of_all * 4, "those in use, and a snapshot"
+    late = calibrate["predictions"] + calibrate["training targets"]  # written when the snapshot is gone
+    assert calibrate["hidden states"] + late == 2 * (40 + 4 + 6) * of_all * 4, "those in use, and a snapshot"
     assert calibrate["training targets"] == 40 * 512 * 64 * 8
     assert calibrate["token blocks"] == (40 + 4 + 6) * 512 * 8
     assert "layer inputs" not in calibrate, "the kernels choose the codes"
@@ -273,25 +274,41 @@ def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
 
 
 def test_layer_inputs_lie_there_while_codes_are_chosen(plan: Plan) -> None:
-    """Two layers and the head: the original's from calibration on, the student's while its file is written."""
-    inputs = 3 * 40 * 512 * plan.teacher_spec.hidden_size * 2
-    by_stage = disk_by_stage(_edited(plan, gguf={"quantizer": "feedback"}))
+    """Two layers and the head: the original's until the last file uses them up, or the student's beside its file."""
+    of_all = 512 * plan.teacher_spec.hidden_size
+    inputs, states = 3 * 40 * of_all * 2, 40 * of_all * 4
+    whole = {"compress": {"experts": 32, "method": "none"}, "recover": {"rungs": []}}
+    by_stage = disk_by_stage(_choosing_codes(_edited(plan, **whole)))
     until = {stage for stage, lines in by_stage.items() if lines.get("layer inputs") == inputs}
-    assert until == {"calibrate", "sensitivity", "compress", "schedule", "recover", "gguf", "onnx"}
+    assert until == {"calibrate", "sensitivity", "compress", "schedule", "recover", "gguf"}
+    assert inputs // 3 <= by_stage["onnx"]["layer inputs"] < inputs
+    assert "layer inputs" not in by_stage["student"]
+    by_stage = disk_by_stage(_edited(plan, gguf={"quantizer": "feedback"}))
+    until = {stage for stage, lines in by_stage.items() if "layer inputs" in lines}
+    assert until == {"calibrate"}, "the pruned student's layers have others"
     of_the_student = "layer inputs of the student, while codes are chosen"
-    assert {stage for stage, lines in by_stage.items() if lines.get(of_the_student) == inputs} == {"gguf"}
+    assert {stage for stage, lines in by_stage.items() if of_the_student in lines} == {"gguf"}
+    at_once = by_stage["gguf"][of_the_student] + plan.predictions["gguf"].file
+    assert at_once == inputs + states, "the file is smaller, and begun when the states are gone"
 
 
 def test_a_search_needs_one_structure_and_one_file_at_a_time(plan: Plan) -> None:
-    searched = replace(_with_types(plan, "Q8_0", "Q4_0"), search=Search("slim", None, "moe", "none", "quality", 1))
+    kernels = {"gguf": {"quantizer": "kernel"}, "onnx": {"quantizer": "kernel"}}
+    searched = replace(_edited(plan, **kernels), search=Search("slim", None, "moe", "none", "quality", 1))
     spec, lines = plan.teacher_spec, disk_by_stage(searched)["search"]
-    assert lines["files that the search measures"] == max(entry.file for entry in plan.predictions.values())
-    experts = 2 * 32 * 3 * spec.hidden_size * (spec.expert_width - 64) * 2  # the widest that is narrower, in 16 bits
-    beside = lines["a smaller structure that the search tries"] - experts
-    assert 0 < beside < lines["statistics"] + 4 * 4 * 512 * spec.hidden_size + 1
+    tried, of_all = "a smaller structure that the search tries", 512 * spec.hidden_size
+    file = lines["files that the search measures"]
+    assert file == max(entry.file for entry in plan.predictions.values())
+    neurons = 2 * 32 * (spec.expert_width - 64)  # the widest that is narrower: a number, and a column in 16 bits
+    structure = neurons * (4 + spec.hidden_size * 2)
+    summed = 2 * 40 * of_all * 4 - file  # the states behind its statistics, before a file is there
+    assert structure + summed < lines[tried] < structure + summed + lines["statistics"]
+    inputs, states = 3 * 40 * of_all * 2, 40 * of_all * 4
+    with_codes = disk_by_stage(_choosing_codes(searched))["search"][tried]
+    assert with_codes - lines[tried] == inputs + states - file - summed
     pruned = replace(searched, search=Search("reap", None, "moe", "none", "quality", 1))
-    judging = 4 * 4 * 512 * spec.hidden_size
-    assert disk_by_stage(pruned)["search"]["a smaller structure that the search tries"] == judging, "no expert changes"
+    watched = 4 * 8 * (2 + 2) * of_all - file  # every layer's input, for sensitivities
+    assert disk_by_stage(pruned)["search"][tried] == max(0, watched), "no expert changes"
 
 
 def test_training_needs_its_snapshots_and_what_it_taught(plan: Plan) -> None:

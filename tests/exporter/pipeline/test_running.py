@@ -13,8 +13,10 @@ import pytest
 
 from compressors.model.errors import InputError
 from exporter.file_names import GGUF_FILE, LAYER_INPUTS, ONNX_FOLDER, ROUTER_INPUTS, ROUTING
+from exporter.pipeline import running
 from exporter.pipeline.order import fingerprints, search_stages, stages_of
 from exporter.pipeline.running import StageError, run_stages, unfinished
+from exporter.pipeline.stage_process import Outcome
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
@@ -236,6 +238,43 @@ def test_a_stage_whose_files_are_gone_runs_again_for_one_that_needs_them(plan: P
     (work.stage("student") / "stage.json").unlink()
     again = ["calibrate", "compress", "recover", "student", "validate_written", "validate_gguf"]
     assert sorted(unfinished(plan, work, stages)) == sorted(again)
+
+
+_FEEDBACK, _KERNEL = {"quantizer": "feedback"}, {"quantizer": "kernel"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "taker"),
+    [
+        ({"gguf": _FEEDBACK, "onnx": _FEEDBACK}, "onnx"),
+        ({"gguf": _FEEDBACK, "onnx": _KERNEL}, "gguf"),
+        ({"gguf": _FEEDBACK, "onnx": _FEEDBACK, "compress": {"method": "reap", "experts": 8}}, None),
+    ],
+)
+def test_the_last_writer_gets_the_layer_inputs_and_goes_on_with_them(
+    plan: Plan, work: WorkDirectory, monkeypatch: pytest.MonkeyPatch, parts: dict[str, Any], taker: str | None
+) -> None:
+    plan = replace(_edited(plan, **parts), search=None)
+    stages, seen = stages_of(plan), {}
+
+    def run(work: WorkDirectory, name: str, *_: Any, **__: Any) -> Outcome:
+        seen[name] = LAYER_INPUTS.within(work.partial(name)).exists()
+        if name == "onnx":
+            raise _Interrupted
+        return Outcome(peak_rss_bytes=1)
+
+    _done(plan, work, stages)
+    for writer in ("gguf", "onnx"):
+        (work.stage(writer) / "stage.json").unlink()
+    monkeypatch.setattr(running, "run_in_process", run)
+    with pytest.raises(_Interrupted):
+        run_stages(plan, work, stages, RunProgress(show_nothing), kept=())
+    assert seen == {writer: writer == taker for writer in ("gguf", "onnx")}
+    assert not LAYER_INPUTS.within(work.stage("calibrate")).exists()
+    assert unfinished(plan, work, stages) == ["onnx"], "it can make the inputs itself"
+    with pytest.raises(_Interrupted):
+        run_stages(plan, work, stages, RunProgress(show_nothing), kept=())
+    assert seen["onnx"] == (taker == "onnx")
 
 
 def _calibration_of_another_text(plan: Plan) -> Plan:

@@ -403,7 +403,7 @@ def test_bytes_of_students_whose_layers_are_alike_are_predicted_exactly(
     run = LayerwiseCompression(source, targets_of(**choice), statistics, text_BT, n_sample_blocks=4).run()
     layers = list(run)
     overlay = {name: tensor for layer in layers for name, tensor in layer.overlay.items()}
-    student = Student(source, ExpertMap(32, tuple(layer.map for layer in layers)), overlay)
+    student = Student(source, ExpertMap(32, tuple(layer.map for layer in layers))).with_overlay(overlay)
     spec = expected_spec(CompressChoice.model_validate({"experts": 32} | choice), teacher)
     assert student.spec == spec
     write_gguf(student, "Q4_0", tmp_path / "x.gguf", name="fine", threads=1)

@@ -113,6 +113,27 @@ def test_files_that_a_kill_left_while_they_were_removed_are_not_missed(
     assert not (folder / "layer_inputs").exists()
 
 
+def test_a_file_that_is_handed_over_is_not_missed_and_a_kill_in_between_loses_nothing(work: WorkDirectory) -> None:
+    folder = _with_files(work)
+    work.begin("gguf", "def")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            work.hand_over("calibrate", LAYER_INPUTS, "gguf")
+    assert (folder / "layer_inputs").exists()
+    assert work.record("calibrate") == _RECORD
+    for _ in range(2):  # the second attempt has it already
+        work.hand_over("calibrate", LAYER_INPUTS, "gguf")
+        assert not (folder / "layer_inputs").exists()
+        assert len(list((work.partial("gguf") / "layer_inputs").iterdir())) == 2
+    assert work.record("calibrate") == _RECORD
+    assert work.removed("calibrate") == {"layer_inputs"}
+
+
+def _killed(*_paths: Path) -> None:
+    raise KeyboardInterrupt
+
+
 def test_beginning_again_takes_the_old_result_away(work: WorkDirectory) -> None:
     """Or a crash in the second attempt would leave the first one's outputs for finished."""
     (work.begin("gguf", "abc") / "old").write_text("old")

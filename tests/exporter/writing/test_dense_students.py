@@ -85,7 +85,7 @@ def _compressed(source: Source, heldout_tokens: Tokens, targets: Sequence[LayerT
     overlay = {name: tensor for layer in layers for name, tensor in layer.overlay.items()}
     experts = ExpertMap(source.spec.n_experts, tuple(layer.map for layer in layers))
     experts.check_against(source.spec)
-    return Student(source, experts, overlay)
+    return Student(source, experts).with_overlay(overlay)
 
 
 @pytest.fixture(scope="module")

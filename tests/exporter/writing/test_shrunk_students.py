@@ -54,7 +54,8 @@ def compressed(heldout_tokens: Tokens) -> Callable[[Source, Sequence[LayerTarget
         run = LayerwiseCompression(source, targets, found[source.path], text_BT, n_sample_blocks=4).run()
         layers = list(run)
         overlay = {name: tensor for layer in layers for name, tensor in layer.overlay.items()}
-        return Student(source, ExpertMap(source.spec.n_experts, tuple(layer.map for layer in layers)), overlay)
+        experts = ExpertMap(source.spec.n_experts, tuple(layer.map for layer in layers))
+        return Student(source, experts).with_overlay(overlay)
 
     return compress
 

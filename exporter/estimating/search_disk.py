@@ -1,0 +1,105 @@
+"""Estimates the disk of a search: one file that is measured, and one structure smaller than the original."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from statistics import fmean
+
+from compressors.calibration.sizes import layer_input_bytes, n_kept_blocks
+from compressors.calibration.splits import BLOCK_LENGTH
+from compressors.model.description.spec import ModelSpec
+from compressors.model.running.arithmetic import value_bytes
+from compressors.model.sources.narrowed import narrowed_bytes
+from exporter.capabilities.rules import Container
+from exporter.capabilities.table import refusal
+from exporter.estimating.needs import changed_expert_bytes, sensitivity_bytes, statistics_bytes, taught_bytes
+from exporter.estimating.passing import compressing_bytes, gathering_bytes, state_bytes, training_step_bytes
+from exporter.planning.compression import by_layer, changes_experts, expected_spec, only_narrows
+from exporter.planning.plan import Plan
+from exporter.planning.recipe import CompressChoice
+from exporter.searching.ladder import ladder_for
+from exporter.searching.structures import structures_for, whole
+
+__all__ = ["search_lines"]
+
+
+def search_lines(plan: Plan) -> dict[str, int]:
+    """The bytes of a search by kind; none where there is no search.
+
+    The line of the structure is the most that it, and its making or measuring, needs beside the largest file: what
+    comes before a file is measured needs less by that file.
+    """
+    if plan.search is None:
+        return {}
+    original = whole(plan.teacher_spec)
+    structures = [choice for choice in structures_for(plan.search, plan.teacher_spec) if choice != original]
+    tried = [_as_tried(plan, choice) for choice in _largest(structures, plan)]
+    file = max(prediction.file for prediction in plan.predictions.values())
+    return {
+        "hidden states": state_bytes(plan, 4 * plan.recipe.text.selection_blocks),
+        "sensitivities": sensitivity_bytes(plan.teacher_spec) if structures else 0,  # the structure's
+        "files that the search measures": file,
+        "a smaller structure that the search tries": max((_tried_bytes(each, file) for each in tried), default=0),
+    }
+
+
+def _largest(structures: Sequence[CompressChoice], plan: Plan) -> Iterator[CompressChoice]:
+    """Yields the structures that may need most: by the bytes of changed experts, and by the parameters of experts."""
+    teacher, itemsize = plan.teacher_spec, plan.open_source().storage_type.itemsize
+    changed = [choice for choice in structures if changes_experts(choice)]
+    if changed:
+        yield max(changed, key=lambda choice: _bytes_of_changed(choice, teacher, itemsize))
+    for alike in (changed, [choice for choice in structures if choice not in changed]):
+        if alike:
+            yield max(alike, key=lambda choice: _relative_size(choice, teacher))
+
+
+def _relative_size(choice: CompressChoice, teacher: ModelSpec) -> float:
+    """The experts' parameters in relation to the original's, about; a dense student is smaller than all others."""
+    return _n_experts(choice, teacher) * fmean(by_layer(choice.width, 1, teacher.expert_width))
+
+
+def _bytes_of_changed(choice: CompressChoice, teacher: ModelSpec, itemsize: int) -> float:
+    """The bytes that changed experts take in overlays, about; in relation to those of other structures."""
+    size, n_kept = teacher.expert_size, fmean(by_layer(choice.width, 1, teacher.expert_width))
+    if only_narrows(choice):
+        return _n_experts(choice, teacher) * narrowed_bytes(size, teacher.expert_width, round(n_kept), itemsize)
+    values_of_neuron = max(layer.expert_parameters for layer in teacher.layers) / teacher.expert_width
+    return _n_experts(choice, teacher) * n_kept * values_of_neuron * itemsize
+
+
+def _n_experts(choice: CompressChoice, teacher: ModelSpec) -> float:
+    """The number of all experts in relation to that of other structures."""
+    if choice.apart and choice.bases is not None:
+        return choice.bases  # those that stay as they are lie in no overlay
+    n_layers = teacher.n_layers - choice.drop_blocks - choice.drop_moe_layers
+    return n_layers * fmean(by_layer(choice.experts, 1, teacher.n_experts))
+
+
+def _as_tried(plan: Plan, choice: CompressChoice) -> Plan:
+    """The plan of a run with this structure and the rungs that a search tries on it, which train no file."""
+    rungs, _ = ladder_for(choice, plan)
+    untyped, spec = {"mix": "F32", "tensors": {}}, expected_spec(choice, plan.teacher_spec)
+    files = {
+        name: plan.recipe.file(name).model_copy(update=untyped) if refusal(spec, Container(name)) is None else None
+        for name in plan.recipe.artifacts
+    }
+    return replace(plan, recipe=plan.recipe.model_copy(update={"compress": choice, "recover": rungs, **files}))
+
+
+def _tried_bytes(plan: Plan, file: int) -> int:
+    """The bytes of a structure, and of its making or measuring beside a file of this size."""
+    statistics = statistics_bytes(plan.student_spec) if changes_experts(plan.recipe.compress) else 0
+    kept = changed_expert_bytes(plan) + statistics + taught_bytes(plan)
+    before_the_file = max(compressing_bytes(plan), training_step_bytes(plan, "recover"), gathering_bytes(plan))
+    return kept + max(before_the_file - file, _own_inputs(plan, file) if plan.keeps_layer_inputs else 0, 0)
+
+
+def _own_inputs(plan: Plan, file: int) -> int:
+    """The bytes of the structure's layer inputs beyond those of a file that uses them up, its layers alike."""
+    spec, n_blocks = plan.student_spec, n_kept_blocks(plan.recipe.text.calibration_blocks, BLOCK_LENGTH)
+    inputs = layer_input_bytes(spec, n_blocks * BLOCK_LENGTH)
+    while_made = inputs + state_bytes(plan, n_blocks * value_bytes(plan.recipe.arithmetic)) - file
+    n_files = spec.n_layers + 1  # of inputs: two are there when the last layer is written, all when the first is
+    return max(2 * inputs // n_files, inputs - file * (spec.n_layers - 1) // n_files, while_made)
