@@ -313,10 +313,12 @@ def _lowest_of_equal_bytes(
         n_partial: the number of partial choices.
         n_options: the number of options.
     """
-    starts = np.flatnonzero(np.append(True, n_bytes[1:] != n_bytes[:-1]))
+    begins = np.ones(len(order), dtype=np.bool_)
+    begins[1:] = n_bytes[1:] != n_bytes[:-1]
+    starts = begins.nonzero()[0]
     if len(starts) == len(order):
         return order
-    lowest = np.repeat(np.minimum.reduceat(above, starts), np.diff(np.append(starts, len(order))))
+    lowest = np.minimum.reduceat(above, starts)[begins.cumsum() - 1]
     number = (order % n_partial) * n_options + order // n_partial
     first = np.minimum.reduceat(np.where(above == lowest, number, n_partial * n_options), starts)
     kept: npt.NDArray[np.int64] = first % n_options * n_partial + first // n_options
