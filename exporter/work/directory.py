@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from compressors.model.errors import InputError
 from exporter.file_names import (
     JOB,
@@ -332,6 +330,8 @@ def exclusive(path: Path, busy: str, *, timeout: float = 0) -> Iterator[None]:
     Raises:
         InputError: another process holds it for longer than ``timeout`` seconds; the message is ``busy``.
     """
+    from filelock import FileLock, Timeout  # plans, which lock nothing, would wait for it
+
     try:
         held = FileLock(path).acquire(timeout=timeout)
     except Timeout:

@@ -19,7 +19,7 @@ from compressors.model.files.json_file import read_json
 __all__ = ["MOST_TOKENS", "SPECIAL_KINDS", "has_other_files", "is_taken_as_it_is"]
 
 MOST_TOKENS = 1 << 24
-"""No vocabulary is so large; the library makes a table as long as the largest number, and aborts without room for it."""
+"""More than any vocabulary has. The library makes a table as long as the largest number, and aborts without room."""
 
 SPECIAL_KINDS = ("bos_token", "eos_token", "pad_token", "unk_token")
 """The settings that name special tokens, as far as they are read without transformers."""
