@@ -375,7 +375,9 @@ def _recipe_file(job: Any, part: Any) -> Path:
 
 
 def _print_result(result: Any, *, verbose: bool) -> None:
-    from validate.report import run_instructions, short_summary, summary, where_the_rest_is
+    from validate.report.run import run_instructions, where_the_rest_is
+    from validate.report.short import short_summary
+    from validate.report.terminal import summary
 
     parts = result.report.get("parts")
     if verbose and not parts:

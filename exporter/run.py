@@ -43,8 +43,10 @@ from exporter.stages.table import OF_ALL_FILES, OF_THE_REPORT
 from exporter.work.directory import WorkDirectory
 from exporter.work.input_state import refuse_changed_texts
 from exporter.writing.files import sha256_of
-from validate.report import render_html, render_model_card, render_parts
 from validate.report.facts import failures
+from validate.report.html import render_html
+from validate.report.model_card import render_model_card
+from validate.report.parts import render_parts
 
 __all__ = ["EXIT_CHECK_FAILED", "Result", "job_identity", "push_release", "run_job"]
 

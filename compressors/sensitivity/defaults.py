@@ -89,14 +89,12 @@ def default_table(spec: ModelSpec, plans: Sequence[UnitPlan]) -> TypeTable:
     """
     units = []
     for plan in plans:
+        at_q8_0 = [(role, _at_q8_0(spec, role, layer)) for role, layer in plan.matrices]
         options = [
             Option(
                 candidate.choice,
                 candidate.n_bytes,
-                sum(
-                    (_at_q8_0(spec, role, layer) * _error(candidate, role) for role, layer in plan.matrices),
-                    SecondOrder(0.0, 0.0),
-                ),
+                sum((order * _error(candidate, role) for role, order in at_q8_0), SecondOrder(0.0, 0.0)),
                 candidate.seconds,
             )
             for candidate in plan.candidates

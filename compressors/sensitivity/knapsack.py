@@ -11,7 +11,8 @@ Letters: U units, N options, S partial choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = ["Allocation", "allocate", "allocate_file", "smallest_bytes"]
 
 _MOST_PARTIAL_CHOICES = 2048
 _MOST_TANGENTS = 5
+_SAME_PRICE = 1e-9  # relative difference of prices that is rounding, or comes from alike units in another order
 _PRICE_STEPS = 200  # steps of the bisection: more than double precision can tell apart
 
 
@@ -75,39 +77,66 @@ def allocate(
     smallest = smallest_bytes(table)
     if smallest > byte_limit:
         raise _too_small(smallest, byte_limit)
-    found = [_by_tangent(table, byte_limit, model, 0.0, nats_per_second)]
+    problem = _Problem(table, _Columns.of(table), byte_limit, model, nats_per_second)
+    price = problem.usual_price_of_flips()
+    found: list[Allocation] = []
     while len(found) <= _MOST_TANGENTS:
-        price = model.price_of_flips(found[-1].order)
-        found.append(_by_tangent(table, byte_limit, model, price, nats_per_second))
-        if found[-1].choices == found[-2].choices:
+        found.append(problem.by_tangent(price))
+        price, last = model.price_of_flips(found[-1].order), price
+        if math.isclose(price, last, rel_tol=_SAME_PRICE):
             break
     return min(reversed(found), key=lambda one: one.divergence + nats_per_second * one.seconds)
 
 
-def _by_tangent(
-    table: TypeTable, byte_limit: int, model: DivergenceModel, price_of_flips: float, nats_per_second: float
-) -> Allocation:
-    """Finds the best choice at this price of the errors that routers see."""
+@dataclass(frozen=True)
+class _Problem:
+    """The choice of a type for each unit within a limit of bytes."""
 
-    def cost(option: Option) -> float:
-        order = option.order
-        return model.smooth * order.total + price_of_flips * order.routed + nats_per_second * option.seconds
+    table: TypeTable
+    columns: _Columns
+    byte_limit: int
+    model: DivergenceModel
+    nats_per_second: float
 
-    options = _Options.of(table, cost)
-    chosen_U, bound = _search(options, byte_limit, _best_price(options, byte_limit))
-    choices = {
-        unit.name: unit.options[int(options.which_UN[index, option])].choice
-        for index, (unit, option) in enumerate(zip(table.units, chosen_U.tolist(), strict=True))
-    }
-    order = table.order(choices)
-    return Allocation(
-        choices,
-        table.n_bytes(choices),
-        order,
-        model.divergence(order),
-        sum(unit.option(choices[unit.name]).seconds for unit in table.units),
-        max(0.0, options.cost(chosen_U) - bound),
-    )
+    def by_tangent(self, price_of_flips: float) -> Allocation:
+        """Finds the best choice at this price of the errors that routers see."""
+        options = self._options(price_of_flips)
+        chosen_U, bound = _search(options, self.byte_limit, _best_price(options, self.byte_limit))
+        chosen = self._chosen(options, chosen_U)
+        order = _order_of(chosen)
+        return Allocation(
+            {unit.name: option.choice for unit, option in zip(self.table.units, chosen, strict=True)},
+            sum(option.n_bytes for option in chosen),
+            order,
+            self.model.divergence(order),
+            sum(option.seconds for option in chosen),
+            max(0.0, options.cost(chosen_U) - bound),
+        )
+
+    def usual_price_of_flips(self) -> float:
+        """The price at which quick choices, which are nearly the best, stay as they are."""
+        price = 0.0
+        for _ in range(_MOST_TANGENTS):
+            options = self._options(price)
+            greedy_U = options.best(_best_price(options, self.byte_limit))
+            filled_U = _filled(options, greedy_U, self.byte_limit - options.n_bytes(greedy_U))
+            price, last = self.model.price_of_flips(_order_of(self._chosen(options, filled_U))), price
+            if math.isclose(price, last, rel_tol=_SAME_PRICE):
+                break
+        return price
+
+    def _options(self, price_of_flips: float) -> _Options:
+        columns = self.columns
+        cost_UN = self.model.smooth * columns.total_UN + price_of_flips * columns.routed_UN
+        return _Options.of(columns.bytes_UN, cost_UN + self.nats_per_second * columns.seconds_UN)
+
+    def _chosen(self, options: _Options, chosen_U: npt.NDArray[np.int64]) -> list[Option]:
+        which_U = np.take_along_axis(options.which_UN, chosen_U[:, None], 1)[:, 0].tolist()
+        return [unit.options[which] for unit, which in zip(self.table.units, which_U, strict=True)]
+
+
+def _order_of(options: Sequence[Option]) -> SecondOrder:
+    return sum((option.order for option in options), SecondOrder(0.0, 0.0))
 
 
 def allocate_file(
@@ -151,6 +180,28 @@ def _too_small(smallest: int, byte_limit: int) -> InputError:
 
 
 @dataclass(frozen=True)
+class _Columns:
+    """The numbers of every option of a table; where a unit has fewer options than another, the error is infinite."""
+
+    bytes_UN: npt.NDArray[np.int64]
+    total_UN: npt.NDArray[np.float64]
+    routed_UN: npt.NDArray[np.float64]
+    seconds_UN: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, table: TypeTable) -> _Columns:
+        size = (len(table.units), max(len(unit.options) for unit in table.units))
+        found = cls(np.zeros(size, np.int64), np.full(size, np.inf), np.zeros(size), np.zeros(size))
+        for index, unit in enumerate(table.units):
+            place = (index, slice(len(unit.options)))
+            found.bytes_UN[place] = [option.n_bytes for option in unit.options]
+            found.total_UN[place] = [option.order.total for option in unit.options]
+            found.routed_UN[place] = [option.order.routed for option in unit.options]
+            found.seconds_UN[place] = [option.seconds for option in unit.options]
+        return found
+
+
+@dataclass(frozen=True)
 class _Options:
     """Each unit's options by rising bytes, without those that another undercuts in both bytes and cost."""
 
@@ -159,17 +210,19 @@ class _Options:
     cost_UN: npt.NDArray[np.float64]  # infinite where a unit has fewer options than another
 
     @classmethod
-    def of(cls, table: TypeTable, cost_of: Callable[[Option], float]) -> _Options:
-        size = (len(table.units), max(len(unit.options) for unit in table.units))
-        found = cls(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64), np.full(size, np.inf))
-        for index, unit in enumerate(table.units):
-            n_bytes = np.array([option.n_bytes for option in unit.options], dtype=np.int64)
-            cost = np.array([cost_of(option) for option in unit.options])
-            which = np.lexsort((cost, n_bytes))
-            which = which[_not_dominated(cost[which])]
-            place = (index, slice(len(which)))
-            found.which_UN[place], found.bytes_UN[place], found.cost_UN[place] = which, n_bytes[which], cost[which]
-        return found
+    def of(cls, bytes_UN: npt.NDArray[np.int64], cost_UN: npt.NDArray[np.float64]) -> _Options:
+        which_UN = np.lexsort((cost_UN, bytes_UN), axis=1)
+        lowest_UN = np.minimum.accumulate(np.take_along_axis(cost_UN, which_UN, 1), 1)
+        falls_UN = np.ones_like(lowest_UN, dtype=np.bool_)
+        falls_UN[:, 1:] = lowest_UN[:, 1:] < lowest_UN[:, :-1]
+        falls_UN &= lowest_UN < np.inf
+        which_UN = np.take_along_axis(which_UN, (~falls_UN).argsort(1, kind="stable"), 1)
+        is_option_UN = np.arange(which_UN.shape[1]) < falls_UN.sum(1, keepdims=True)
+        return cls(
+            np.where(is_option_UN, which_UN, 0),
+            np.where(is_option_UN, np.take_along_axis(bytes_UN, which_UN, 1), 0),
+            np.where(is_option_UN, np.take_along_axis(cost_UN, which_UN, 1), np.inf),
+        )
 
     def n_bytes(self, chosen_U: npt.NDArray[np.int64]) -> int:
         """Bytes of an option for each unit."""
@@ -188,13 +241,6 @@ class _Options:
         """Each unit's cheapest option at a price; the smallest among equals."""
         best_U: npt.NDArray[np.int64] = self.at(price).argmin(1)
         return best_U
-
-
-def _not_dominated(cost_N: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """True for the options, sorted by bytes and then cost, that cost less than all before them."""
-    lowest_before = np.minimum.accumulate(np.concatenate([[np.inf], cost_N[:-1]]))
-    kept_N: npt.NDArray[np.bool_] = cost_N < lowest_before
-    return kept_N
 
 
 def _best_price(options: _Options, byte_limit: int) -> float:
@@ -267,10 +313,12 @@ def _lowest_of_equal_bytes(
         n_partial: the number of partial choices.
         n_options: the number of options.
     """
-    starts = np.flatnonzero(np.append(True, n_bytes[1:] != n_bytes[:-1]))
+    begins = np.ones(len(order), dtype=np.bool_)
+    begins[1:] = n_bytes[1:] != n_bytes[:-1]
+    starts = begins.nonzero()[0]
     if len(starts) == len(order):
         return order
-    lowest = np.repeat(np.minimum.reduceat(above, starts), np.diff(np.append(starts, len(order))))
+    lowest = np.minimum.reduceat(above, starts)[begins.cumsum() - 1]
     number = (order % n_partial) * n_options + order // n_partial
     first = np.minimum.reduceat(np.where(above == lowest, number, n_partial * n_options), starts)
     kept: npt.NDArray[np.int64] = first % n_options * n_partial + first // n_options

@@ -37,7 +37,7 @@ from exporter.work.directory import WorkDirectory, make_folder
 from exporter.work.input_state import refuse_changed_texts
 from exporter.writing.gguf.file_size import predict_file_size
 from exporter.writing.gguf.mixes import ALIASES, MIXES
-from validate.report import render_curve
+from validate.report.curve import render_curve
 
 __all__ = ["DEFAULT_SIZES", "curve_plan", "publish_curve", "run_pareto"]
 

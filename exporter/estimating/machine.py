@@ -27,7 +27,7 @@ __all__ = ["measure_speeds"]
 _READ_BYTES = 128 << 20
 _CHUNK_BYTES = 4 << 20
 _SECONDS_READING = 1.0
-_SECONDS_COMPUTING = 0.1
+_SECONDS_COMPUTING = 0.05
 _QUANTIZED_ROWS = 32
 _BFLOAT16_GAIN = 2.5  # the least of the processors where it is chosen (compressors.model.running.arithmetic)
 

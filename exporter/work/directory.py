@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from compressors.model.errors import InputError
 from exporter.file_names import (
     JOB,
@@ -313,6 +311,8 @@ def exclusive(path: Path, busy: str, *, timeout: float = 0) -> Iterator[None]:
     Raises:
         InputError: another process holds it for longer than ``timeout`` seconds; the message is ``busy``.
     """
+    from filelock import FileLock, Timeout  # plans, which lock nothing, would wait for it
+
     try:
         held = FileLock(path).acquire(timeout=timeout)
     except Timeout:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 import time
-from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 __all__ = ["end_with_creator", "end_with_parent"]
 
@@ -28,6 +30,8 @@ def end_with_creator() -> None:
 
     That is not always its parent: the parent of a fork server's children is the server.
     """
+    import multiprocessing  # the runtimes' processes, which start often, do without
+
     creator = multiprocessing.parent_process()
     assert creator is not None, "for processes of multiprocessing"
     if not creator.is_alive():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import llama_cpp.llama_cpp as api
@@ -82,6 +81,8 @@ class LlamaCppBackend:
     @property
     def version(self) -> str:
         """The version of llama-cpp-python and, in brackets, of the ggml inside it."""
+        from importlib.metadata import version  # takes as long to import as numpy does
+
         ggml = ctypes.string_at(ggml_function("ggml_version", ctypes.c_void_p)()).decode()
         commit = ctypes.string_at(ggml_function("ggml_commit", ctypes.c_void_p)()).decode()
         return f"{version('llama-cpp-python')} (ggml {ggml}, {commit})"

@@ -15,17 +15,15 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.files.onnx_names import cached_layer, continued_cache
-from compressors.model.files.tokenizer_files import read_tokenizer_json
 from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord
 from validate.files.onnx_files import onnx_model_file
 from validate.routing.router_inputs import RouterInputs
@@ -33,7 +31,11 @@ from validate.runtimes import time_limit
 from validate.runtimes.backend import ChooseToken, ChunkOutput, RuntimeCrashError, scored_positions
 from validate.runtimes.cost import CHUNK_TOKENS, Feed, RuntimeCost, measure_cost
 from validate.runtimes.onnx_inputs import cache_shapes, check_decoder, float_type, sized
-from validate.runtimes.onnx_router import MoeNode, moe_nodes, router_graph
+
+if TYPE_CHECKING:  # a process that only measures a file needs no graph
+    import onnx
+
+    from validate.runtimes.onnx_router import MoeNode
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
 
@@ -104,6 +106,8 @@ class OnnxRuntimeBackend:
         Raises:
             InputError: there is no tokenizer.
         """
+        from compressors.model.files.tokenizer_files import read_tokenizer_json
+
         path = self._path.parent / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"{path} is missing: it says whether a text begins with BOS; put it there")
@@ -165,6 +169,10 @@ class OnnxRuntimeBackend:
             InputError: the states are of another model, or a router has another input than its experts.
             RuntimeCrashError: the runtime could not run a router.
         """
+        import onnx
+
+        from validate.runtimes.onnx_router import moe_nodes
+
         model = onnx.load(self._path, load_external_data=False)
         nodes, n_tokens = tuple(moe_nodes(model.graph)), tokens_BT.size
         return self._routing([(node, self._run_router(model, node, inputs, n_tokens)) for node in nodes], n_tokens)
@@ -173,6 +181,8 @@ class OnnxRuntimeBackend:
         self, model: onnx.ModelProto, node: MoeNode, inputs: RouterInputs, n_tokens: int
     ) -> Mapping[str, npt.NDArray[Any]]:
         """The values that one router's choices are computed from."""
+        from validate.runtimes.onnx_router import router_graph
+
         graph = router_graph(model, node.states, node.shown)
         if graph is None:
             raise InputError(f"{self._path}: the router of layer {node.layer} does not read what its experts read")
@@ -206,6 +216,10 @@ class OnnxRuntimeBackend:
 
         Returns the MoE nodes whose routing it shows; if there are none, the session stays.
         """
+        import onnx
+
+        from validate.runtimes.onnx_router import moe_nodes
+
         model = onnx.load(self._path, load_external_data=False)
         found = tuple(moe_nodes(model.graph))
         if not found:

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
-from compressors.model.files.tokenizer_files import load_tokenizer
 from validate.runtimes import time_limit
 from validate.runtimes.backend import Backend, ChunkOutput
 from validate.runtimes.llama_cpp_session import logged_error, start_runtime
@@ -50,6 +49,8 @@ class TokenizerVocabulary:
     """
 
     def __init__(self, folder: Path) -> None:
+        from compressors.model.files.tokenizer_files import load_tokenizer  # a process without such a folder needs none
+
         self.where = str(folder)
         with time_limit.working():
             self._tokenizer: Any = load_tokenizer(folder)

@@ -89,12 +89,12 @@ class LayerSpec:
         of_feed_forward = {} if self.feed_forward is None else self.feed_forward.sizes
         return {"D": self.hidden_size, **self.mixer.sizes, **of_feed_forward}
 
-    @property
+    @cached_property
     def routed(self) -> Routed | None:
         """The routed experts; None if the layer has none."""
         return self.feed_forward if isinstance(self.feed_forward, Routed) else None
 
-    @property
+    @cached_property
     def moe(self) -> MoeSize:
         """The number and the width of its experts, without their bases; :data:`NO_MOE` if it has none."""
         return NO_MOE if self.routed is None else MoeSize(self.routed.n_experts, self.routed.width)
@@ -124,17 +124,17 @@ class LayerSpec:
         """The rows of the matrices that an expert's input is multiplied with; 0 if it has none."""
         return 0 if self.routed is None else self.routed.input_rows
 
-    @property
+    @cached_property
     def roles(self) -> tuple[Role, ...]:
         """The roles of its tensors."""
         return tuple(tensor.role for tensor in self.tensors)
 
-    @property
+    @cached_property
     def shared_tensors(self) -> tuple[TensorSpec, ...]:
         """The tensors that are not an expert's."""
         return tuple(tensor for tensor in self.tensors if not tensor.is_per_expert)
 
-    @property
+    @cached_property
     def expert_tensors(self) -> tuple[TensorSpec, ...]:
         """The tensors that every expert has."""
         return tuple(tensor for tensor in self.tensors if tensor.is_per_expert)

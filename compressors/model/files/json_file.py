@@ -140,9 +140,10 @@ def _count_strings(data: Any) -> int:
     """
     level, n_strings = [data], 0
     for _ in range(_DEEPEST):
-        objects = [value for value in level if type(value) is dict]
-        n_strings += sum(map(len, objects)) + sum(type(value) is str for value in level)
-        lists = (value for value in level if type(value) is list)
+        kinds = list(map(type, level))
+        objects = [value for value, kind in zip(level, kinds, strict=True) if kind is dict]
+        n_strings += sum(map(len, objects)) + kinds.count(str)
+        lists = (value for value, kind in zip(level, kinds, strict=True) if kind is list)
         level = list(chain(chain.from_iterable(map(dict.values, objects)), chain.from_iterable(lists)))
         if not level:
             return n_strings

@@ -1,8 +1,7 @@
 """A tokenizer read by the ``tokenizers`` library alone, where transformers would add nothing of its own.
 
-Importing transformers takes seconds, and plans need no more than tokens. transformers takes ``tokenizer.json`` as it is
-where ``tokenizer_config.json`` names its general class and changes nothing; most of its other classes build a tokenizer
-of their own from the vocabulary, so for those it must be asked (:mod:`compressors.model.files.tokenizer_files`).
+Importing transformers takes seconds, and plans need no more than tokens. Where its tokenizer would be another than
+``tokenizer.json`` says, it must be asked (:mod:`compressors.model.files.tokenizer_files`).
 """
 
 from __future__ import annotations
@@ -12,28 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressors.model.families.registry import supported_families
 from compressors.model.files.json_file import read_json
+from compressors.model.files.unchanged_tokenizer import SPECIAL_KINDS, has_other_files, is_taken_as_it_is
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 __all__ = ["PlainTokenizer", "plain_tokenizer"]
-
-_GENERAL_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
-_KINDS = ("bos_token", "eos_token", "pad_token", "unk_token")
-_WITHOUT_EFFECT = frozenset(
-    {
-        *("backend", "chat_template", "clean_up_tokenization_spaces", "is_local", "local_files_only"),
-        *("model_max_length", "name_or_path", "tokenizer_class"),
-    }
-)
-_OTHER_FILES = (
-    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "tekken.json"),
-    *("chat_template.json", "chat_template.jinja", "additional_chat_templates"),
-)
-_PATCHED_FROM = 100_000  # tokens from which transformers may put another expression into the pre-tokenizer
-_AS_TRANSFORMERS_ADDS = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
 
 
 @dataclass(frozen=True)
@@ -115,10 +99,10 @@ def plain_tokenizer(folder: Path) -> PlainTokenizer | None:
         InputError: one of the files is not JSON.
     """
     path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if not path.is_file() or not config_path.is_file() or any((folder / name).exists() for name in _OTHER_FILES):
+    if not path.is_file() or not config_path.is_file():
         return None
-    config, data = read_json(config_path), read_json(path)
-    if not _is_taken_as_it_is(folder, config, data):
+    config = read_json(config_path)
+    if has_other_files(folder, config) or not is_taken_as_it_is(folder, config, read_json(path)):
         return None
     from tokenizers import Tokenizer
 
@@ -126,46 +110,5 @@ def plain_tokenizer(folder: Path) -> PlainTokenizer | None:
         backend = Tokenizer.from_file(str(path))
     except Exception:  # transformers' error has more to say
         return None
-    special = {kind: config[kind] for kind in _KINDS if config.get(kind) is not None}
+    special = {kind: config[kind] for kind in SPECIAL_KINDS if config.get(kind) is not None}
     return PlainTokenizer(backend, special, config.get("chat_template"))
-
-
-def _is_taken_as_it_is(folder: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
-    """True if transformers' object for these files is ``tokenizer.json`` and nothing else (``TokenizersBackend``)."""
-    special = [config[kind] for kind in _KINDS if config.get(kind) is not None]
-    return (
-        config.get("tokenizer_class") in _GENERAL_CLASSES
-        and {*config} <= {*_KINDS, *_WITHOUT_EFFECT}
-        and isinstance(config.get("chat_template"), str | None)
-        and _leaves_the_class(folder)
-        and _is_usual(data)
-        and all(isinstance(token, str) and _is_special(token, data["added_tokens"]) for token in special)
-    )
-
-
-def _leaves_the_class(folder: Path) -> bool:
-    """True if transformers takes the class that the files name; for some families it takes another."""
-    path = folder / "config.json"
-    model_type = read_json(path).get("model_type") if path.is_file() else None
-    family = supported_families().get(model_type) if isinstance(model_type, str) else None
-    return family is not None and not family.has_own_tokenizer
-
-
-def _is_usual(data: Mapping[str, Any]) -> bool:
-    model, added = data.get("model"), data.get("added_tokens")
-    if not isinstance(model, dict) or not isinstance(added, list) or not isinstance(model.get("vocab"), dict):
-        return False
-    return (
-        model.get("type") == "BPE"
-        and not model.get("dropout")
-        and len(model["vocab"]) + len(added) <= _PATCHED_FROM
-        and all(type(number) is int and number < 2 * _PATCHED_FROM for number in model["vocab"].values())
-        and data.get("truncation") is data.get("padding") is None
-        and data.get("post_processor") is not None
-    )
-
-
-def _is_special(token: str, added: Sequence[Any]) -> bool:
-    """True if the file has a special token with the properties that transformers would give it."""
-    found = [entry for entry in added if isinstance(entry, dict) and entry.get("content") == token]
-    return len(found) == 1 and all(found[0].get(key) is value for key, value in _AS_TRANSFORMERS_ADDS.items())

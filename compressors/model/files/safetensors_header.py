@@ -6,9 +6,9 @@ after the other, without holes, to the file's end. A name that stands there twic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import parse_json
@@ -27,9 +27,8 @@ _BITS |= {"F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}
 _TOO_LARGE = 2**64
 
 
-@dataclass(frozen=True)
-class TensorHeader:
-    """One tensor's entry in a file: place, format and shape, without its values."""
+class TensorHeader(NamedTuple):
+    """One tensor's entry in a file: place, format and shape, without its values. Large models have 20,000 of them."""
 
     file: Path
     name: str  # in the file
@@ -92,7 +91,7 @@ def parse_header(path: Path, text: bytes, file_size: int) -> dict[str, TensorHea
     first_byte = 8 + len(text)
     tensors = {name: _entry(path, name, entry, first_byte) for name, entry in header.items()}
     end = first_byte
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.n_bytes)):
+    for tensor in sorted(tensors.values(), key=attrgetter("offset", "n_bytes")):
         if tensor.offset + tensor.n_bytes > file_size:
             raise damaged(path, f"tensor {shown(tensor.name)} ends after the file does")
         if tensor.offset != end:
@@ -121,15 +120,15 @@ def _entry(path: Path, name: str, entry: Any, first_byte: int) -> TensorHeader:
         raise damaged(path, f"the entry of tensor {shown(name)} is damaged") from None
     if isinstance(stored, str) and stored not in _BITS:
         raise _unreadable(path, name, stored)
-    whole = isinstance(shape, list) and _is_size(start) and _is_size(end) and all(map(_is_size, shape))
+    whole = isinstance(shape, list) and _are_sizes([start, end, *shape])
     n_bytes = _n_bytes(shape, _BITS[stored]) if whole and isinstance(stored, str) else None
     if n_bytes is None or n_bytes != end - start:
         raise damaged(path, f"the entry of tensor {shown(name)} is damaged")
     return TensorHeader(path, name, stored, tuple(shape), first_byte + start, n_bytes)
 
 
-def _is_size(number: Any) -> bool:
-    return type(number) is int and 0 <= number < _TOO_LARGE
+def _are_sizes(numbers: list[Any]) -> bool:
+    return {*map(type, numbers)} == {int} and min(numbers) >= 0 and max(numbers) < _TOO_LARGE
 
 
 def _n_bytes(shape: list[int], bits: int) -> int | None:

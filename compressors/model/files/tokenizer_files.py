@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
 from compressors.model.files.plain_tokenizer import PlainTokenizer, plain_tokenizer
+from compressors.model.files.unchanged_tokenizer import MOST_TOKENS
 from compressors.model.files.vocabularies.made_files import MADE_OF, made_tokenizer_files, named_code
 from compressors.model.names import shown
 
@@ -174,6 +175,8 @@ def class_with_other_words(folder: Path) -> str | None:
         InputError: as :func:`load_tokenizer`.
     """
     tokenizer = open_tokenizer(folder)
+    if isinstance(tokenizer, PlainTokenizer):
+        return None
     path = folder / "tokenizer.json"
     written = _words(read_json(path).get("pre_tokenizer")) if path.is_file() else []
     if not any(step.get("type") == "ByteLevel" for step in written):
@@ -206,17 +209,14 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def _refuse_huge_numbers(path: Path) -> None:
-    """Refuses huge token ids: the library makes a table as long as the largest one, and aborts without room for it."""
+    """Refuses huge token ids, for which the library would have no room."""
     model = read_json(path).get("model") if path.is_file() else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
-        if type(number) is int and number >= _MOST_TOKENS:
+        if type(number) is int and number >= MOST_TOKENS:
             raise InputError(
                 f"{path}: token {shown(token)} has number {number}, and no vocabulary is so large; download it again"
             )
-
-
-_MOST_TOKENS = 1 << 24
 
 
 def _guarded(action: Callable[[], Any], folder: Path) -> Any:

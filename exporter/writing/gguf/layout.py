@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
 from compressors.model.description.gguf_rope import gguf_rope_of
@@ -97,7 +98,8 @@ def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
     return _with_types(_in_mix(spec, mix), types or {})
 
 
-def _in_mix(spec: ModelSpec, mix: str) -> list[PlannedTensor]:
+@lru_cache(maxsize=4)  # a plan asks for the same again and again
+def _in_mix(spec: ModelSpec, mix: str) -> tuple[PlannedTensor, ...]:
     """The tensors in the types of a mix."""
     named = mix_named(mix)
     refuse_unless_held(spec, Container.GGUF)
@@ -109,7 +111,7 @@ def _in_mix(spec: ModelSpec, mix: str) -> list[PlannedTensor]:
     for index, layer in enumerate(written.blocks):
         tensors += [tensor for described in layer.tensors for tensor in _parts(described, index, spec)]
     chosen = mixed_types(named, {tensor.name: tensor.shape for tensor in tensors}, MixedModel.of(spec))
-    return [replace(tensor, ggml_type=chosen[tensor.name]) if tensor.is_matrix else tensor for tensor in tensors]
+    return tuple(replace(tensor, ggml_type=chosen[tensor.name]) if tensor.is_matrix else tensor for tensor in tensors)
 
 
 _F32 = GGMLQuantizationType.F32
@@ -180,7 +182,7 @@ def quantization(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
     """
     in_mix = _in_mix(spec, mix)
     tensors = _with_types(in_mix, types or {})
-    if tensors == tuple(in_mix):
+    if tensors == in_mix:
         named = mix_named(mix)
         return Quantization(named.name, named.file_type)
     weights: Counter[GGMLQuantizationType] = Counter()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
@@ -158,6 +159,7 @@ _OUTSIDE = {Role.TOKEN_EMBEDDING: "embedding", Role.HEAD: "head"}
 _EXPERTS = "experts"
 
 
+@lru_cache(maxsize=4)  # a plan asks for the same again and again
 def onnx_units(spec: ModelSpec) -> tuple[Unit, ...]:
     """Lists the units of a model, each with the encodings that it can have."""
     outside = [

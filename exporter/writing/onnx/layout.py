@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import onnx
@@ -155,8 +155,15 @@ def plan_tensors(
         InputError: there is no such preset, unit or encoding.
         UnsupportedError: ONNX cannot hold the model, or an encoding's blocks do not divide the rows.
     """
+    return _planned(spec, preset, tuple((encodings or {}).items()), inputs)
+
+
+@lru_cache(maxsize=2)  # a plan asks for the size of a file, and then for the memory that it takes
+def _planned(
+    spec: ModelSpec, preset: str, encodings: tuple[tuple[str, str], ...], inputs: ProductInputs
+) -> TensorLayout:
     refuse_unless_held(spec, Container.ONNX)
-    return _Planner(spec, unit_encodings(spec, preset_named(preset), encodings or {}, inputs)).plan()
+    return _Planner(spec, unit_encodings(spec, preset_named(preset), dict(encodings), inputs)).plan()
 
 
 class _Planner:

@@ -16,9 +16,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from validate.report import charts, facts, numbers, render_html, render_model_card, run_instructions, summary
-from validate.report.run import ollama_commands
+from validate.report import charts, facts, numbers
+from validate.report.html import render_html
+from validate.report.model_card import render_model_card
+from validate.report.run import ollama_commands, run_instructions
 from validate.report.statistics import STATISTICS
+from validate.report.terminal import summary
 
 _SECTIONS = (
     "Size and budget",

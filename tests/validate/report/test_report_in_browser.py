@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
 from tests.validate.report.test_report import crashed, dense, least, sample_report
-from validate.report import render_html
+from validate.report.html import render_html
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _QUIET = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]

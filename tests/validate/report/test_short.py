@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 
 from tests.validate.report.test_report import crashed, dense, least, only, sample_report
-from validate.report import render_html, short_summary, where_the_rest_is
 from validate.report.continuation import continuation
+from validate.report.html import render_html
 from validate.report.numbers import DASH
+from validate.report.run import where_the_rest_is
+from validate.report.short import short_summary
 
 
 @pytest.fixture

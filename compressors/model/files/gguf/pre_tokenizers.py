@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BYTE_LEVEL_WORDS", "DIGIT", "PRE_TOKENIZERS", "KnownDifference", "PreTokenizer"]
+__all__ = ["BYTE_LEVEL_WORDS", "DIGIT", "PRE_TOKENIZERS", "QWEN2_WORDS", "KnownDifference", "PreTokenizer"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ _TAIL = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _SLASH_TAIL = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 BYTE_LEVEL_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """The expression of the step ``ByteLevel`` itself, which is GPT-2's."""
+
+QWEN2_WORDS = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_TAIL}"
+"""The expression of Qwen2 and its successors up to Qwen3."""
 
 _LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_TAIL}"
 _QWEN35 = (
@@ -118,7 +121,7 @@ _WITHOUT_SPACES = KnownDifference(r"[^\x00-\x7f]", "in Thai and other scripts wi
 PRE_TOKENIZERS = (
     PreTokenizer("gpt-2", (BYTE_LEVEL_WORDS,)),
     PreTokenizer("starcoder", (DIGIT, BYTE_LEVEL_WORDS)),
-    PreTokenizer("qwen2", (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_TAIL}",)),
+    PreTokenizer("qwen2", (QWEN2_WORDS,)),
     PreTokenizer("qwen35", (_QWEN35,)),
     PreTokenizer("smaug-bpe", (_LLAMA3,)),
     PreTokenizer("llama-bpe", (_LLAMA3,), ignores_merges=True),

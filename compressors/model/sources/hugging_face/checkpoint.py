@@ -232,9 +232,10 @@ class Checkpoint:
                 apart.append(tensor)
             elif fused.fused.part == 0:
                 yield from fused.tensors(layer.n_experts).items()
+        shapes = [(tensor.name, layer.dimensions(tensor)) for tensor in apart]
         for expert in range(layer.n_experts):
-            for tensor in apart:
-                yield tensor.name.format(layer=index, expert=expert), layer.dimensions(tensor)
+            for name, shape in shapes:
+                yield name.format(layer=index, expert=expert), shape
 
     def _fused(self, tensor: TensorSpec, layer: int) -> FusedExperts | Mxfp4Experts | None:
         """The tensors that hold all experts of a layer; None if each expert has its own."""
