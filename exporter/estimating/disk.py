@@ -134,12 +134,12 @@ def _files(plan: Plan) -> _Files:
     """The kind and the bytes of each file that a stage leaves, apart from those of a few kilobytes."""
     names, spec, student, recipe = file_names, plan.teacher_spec, plan.student_spec, plan.recipe
     n_heldout, n_calibration = heldout_blocks(plan), recipe.text.calibration_blocks
-    blocks = n_calibration + recipe.text.selection_blocks + n_heldout
+    blocks = n_calibration + plan.selection_blocks + n_heldout
     changed = changes_experts(recipe.compress)
     files = {
         ("calibrate", names.BLOCKS): ("token blocks", blocks * BLOCK_LENGTH * 8),
         ("calibrate", names.STATISTICS): ("statistics", statistics_bytes(spec)),
-        ("calibrate", names.SELECTION_PREDICTIONS): _predictions(plan, recipe.text.selection_blocks),
+        ("calibrate", names.SELECTION_PREDICTIONS): _predictions(plan, plan.selection_blocks),
         ("calibrate", names.HELDOUT_PREDICTIONS): _predictions(plan, n_heldout),
         ("calibrate", names.ROUTING): _routing(plan, n_heldout),
         ("sensitivity", names.SENSITIVITIES): ("sensitivities", sensitivity_bytes(spec)),
@@ -182,7 +182,7 @@ def _passing(plan: Plan) -> dict[str, dict[str, int]]:
     """The bytes that each stage needs beside its files while it runs, by kind, if no hidden states fit in memory."""
     text, recipe, n_heldout = plan.recipe.text, plan.recipe, heldout_blocks(plan)
     in_calibration = text.calibration_blocks * value_bytes(recipe.arithmetic)
-    in_float32 = 4 * (text.selection_blocks + n_heldout)
+    in_float32 = 4 * (plan.selection_blocks + n_heldout)
     floor = {f"teacher_{name}": floor.file_bytes for name, floor in plan.teacher_floors.items()}
     judging = _states(state_bytes(plan, 4 * text.selection_blocks))
     measuring = _states(state_bytes(plan, 4 * n_heldout))
@@ -209,7 +209,7 @@ def _calibrating(plan: Plan, states: int) -> dict[str, int]:
     Routing is kept by layer until it is put together.
     """
     text, spec = plan.recipe.text, plan.teacher_spec
-    last = _predictions(plan, text.selection_blocks)[1] + _predictions(plan, heldout_blocks(plan))[1]
+    last = _predictions(plan, plan.selection_blocks)[1] + _predictions(plan, heldout_blocks(plan))[1]
     last += text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES if plan.keeps_targets else 0
     if plan.keeps_layer_inputs:  # the head's
         last += layer_input_bytes(spec, text.calibration_blocks * BLOCK_LENGTH) // (spec.n_layers + 1)

@@ -83,7 +83,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
     recipe, teacher, student = plan.recipe, plan.teacher_spec, plan.student_spec
     passes = _Passes(plan.open_source(), speeds, free_memory)
     n_heldout = heldout_blocks(plan)
-    n_reference = recipe.text.selection_blocks + n_heldout
+    n_reference = plan.selection_blocks + n_heldout
     computing = passes.computing(teacher, recipe.text.calibration_blocks, n_reference)
     seconds = {
         "calibrate": max(passes.reading(teacher), computing),

@@ -61,6 +61,7 @@ class Plan:
     deviations: tuple[Deviation, ...] = ()  # of the files from the original, which no file can avoid
     may_choose_codes: bool = False  # error feedback may choose codes, in a recipe that a search finds
     may_train: bool = False  # recovery may train, in a recipe that a search finds
+    may_judge: bool = False  # a search judges what it finds
     imatrix: Path | None = None  # llama.cpp's importance matrix, in place of the calibration text's
     shard_bytes: int | None = None  # largest part of a GGUF file in OUT; None: it is not cut
     search: Search | None = None  # how to find the recipe after calibration; None: the recipe stands
@@ -94,6 +95,11 @@ class Plan:
     def keeps_targets(self) -> bool:
         """True if calibration keeps the teacher's most probable tokens: students are taught them."""
         return self.may_train or bool(self.recipe.recover.trained)
+
+    @property
+    def selection_blocks(self) -> int:
+        """The blocks of selection text that calibration runs: none where no search and no training judges students."""
+        return self.recipe.text.selection_blocks if self.may_judge or self.keeps_targets else 0
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON."""

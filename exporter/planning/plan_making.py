@@ -80,6 +80,7 @@ def make_plan(job: Job, command: str, folder: Path | None = None) -> Plan:
         deviations=find_deviations(checkpoint, recipe.artifacts, recipe.source.model),
         may_choose_codes=search is not None and recipe.chooses_codes,
         may_train=search is not None and search.recover != "none",
+        may_judge=search is not None,
         imatrix=None if job.imatrix is None else job.imatrix.resolve(),
         search=search,
         mixture=counts.mixture,

@@ -96,7 +96,7 @@ CALIBRATE = Stage(
         *(BLOCKS, STATISTICS, LAYER_INPUTS, TARGETS, SELECTION_PREDICTIONS, HELDOUT_PREDICTIONS, ROUTING),
         *(SUMMARY, LAST_WORDS),
     ),
-    choices=("source", "text", "arithmetic", "threads", "keeps_layer_inputs", "keeps_targets"),
+    choices=("source", "text", "arithmetic", "threads", "keeps_layer_inputs", "keeps_targets", "selection_blocks"),
     resumes=True,
     shared=True,
 )

@@ -45,7 +45,7 @@ def calibrate(context: StageContext) -> None:
     learned = calibration.spread(text.calibration_blocks)
     blocks = Blocks(
         learned.tokens_BT,
-        selection.spread(text.selection_blocks).tokens_BT,
+        selection.spread(text.selection_blocks).tokens_BT[: plan.selection_blocks],
         measured.tokens_BT,
     )
     if is_first():

@@ -139,7 +139,7 @@ def test_a_search_begins_with_what_all_budgets_share(plan: Plan) -> None:
 def test_every_part_of_a_recipe_matters_to_a_stage(plan: Plan) -> None:
     """``save_student`` only adds a stage. What calibration keeps for later ones is a property of the plan."""
     parts = {choice for stage in stages_of(plan) for choice in stage.choices}
-    of_plan = {"keeps_layer_inputs", "keeps_targets"}
+    of_plan = {"keeps_layer_inputs", "keeps_targets", "selection_blocks"}
     assert parts == (set(Recipe.model_fields) - {"version", "save_student"}) | of_plan
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.opening import open_source
+from exporter.file_names import SELECTION_PREDICTIONS
 from exporter.stages.inputs import Blocks
 from exporter.stages.teacher.teacher_pass import TeacherPass
 from exporter.work.snapshot import Snapshot
@@ -95,3 +97,14 @@ def test_a_damaged_snapshot_starts_the_pass_anew(
     assert sum(teacher.run_layers(Snapshot(tmp_path / "snapshot", seconds=1000))) == 3
     teacher.write_predictions()
     assert _contents(tmp_path) == uninterrupted
+
+
+def test_without_selection_text_the_other_results_are_the_same(
+    model: Path, blocks: Blocks, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    teacher = _pass(model, replace(blocks, selection=blocks.selection[:0]), tmp_path)
+    assert sum(teacher.run_layers(Snapshot(tmp_path / "snapshot"))) == 3
+    teacher.write_predictions()
+    found, of_selection = _contents(tmp_path), SELECTION_PREDICTIONS.name
+    assert len(found.pop(of_selection)) < len(uninterrupted[of_selection])
+    assert found == {name: file for name, file in uninterrupted.items() if name != of_selection}
