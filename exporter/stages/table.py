@@ -151,7 +151,7 @@ GGUF = Stage(
 ONNX = Stage(
     "onnx",
     "files.writers",
-    version=6,
+    version=7,
     what="write the ONNX folder",
     reads=_STUDENT | _STATISTICS | _FEEDBACK,
     writes=(ONNX_FOLDER, ORIGINAL_VALUES),
