@@ -111,7 +111,7 @@ SENSITIVITY = Stage(
 COMPRESS = Stage(
     "compress",
     "student.compress",
-    version=3,
+    version=4,
     what="compress the experts",
     reads=_BLOCKS | files_of("calibrate", STATISTICS),
     writes=(EXPERT_MAP, OVERLAY, STATISTICS),
@@ -189,7 +189,7 @@ def _within(*stages: Stage) -> Reads:
 SEARCH = Stage(
     "search",
     "search.search",
-    version=2,
+    version=3,
     what="search for the best file that fits",
     reads=_within(COMPRESS, RECOVER, GGUF, ONNX),
     writes=(FOUND, EFFORT, TRIAL),
