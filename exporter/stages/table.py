@@ -218,7 +218,7 @@ STUDENT = Stage(
 TEACHER_TEXTS = Stage(
     "teacher_texts",
     "teacher.texts",
-    version=3,
+    version=4,
     what="let the original write a few texts",
     reads=_BLOCKS,
     writes=(GENERATION, TEXT_EFFORT),
@@ -243,7 +243,7 @@ VALIDATE_WRITTEN = Stage(
 VALIDATE_GGUF = Stage(
     "validate_gguf",
     "judge.runtimes",
-    version=7,
+    version=8,
     what="measure the GGUF in llama.cpp",
     reads=files_of("gguf", GGUF_FILE) | _HELDOUT | _SAME_WEIGHTS,
     writes=(EVALUATION, MEASUREMENT, LOG_PROBS),
@@ -253,7 +253,7 @@ VALIDATE_GGUF = Stage(
 VALIDATE_ONNX = Stage(
     "validate_onnx",
     "judge.runtimes",
-    version=6,
+    version=7,
     what="measure the ONNX in ONNX Runtime",
     reads=files_of("onnx", ONNX_FOLDER) | _HELDOUT | _SAME_WEIGHTS | files_of("validate_gguf", LOG_PROBS),
     writes=(EVALUATION, MEASUREMENT),

@@ -43,7 +43,7 @@ def write_chats(path: Path) -> None:
     calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "cat"}}}]
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
     lines = []
-    for number in range(60):
+    for number in range(120):  # so that a tenth of them fills a block
         messages: list[dict[str, Any]] = [
             {"role": "system", "content": "Answer."},
             {"role": "user", "content": [{"type": "text", "text": f"Where was the cat on day {number * number}?"}]},
@@ -130,5 +130,7 @@ def _template(rng: random.Random, folder: Path) -> None:
     elif kind == 2:
         del read["chat_template"]
         settings.write_text(json.dumps(read), encoding="utf-8")
-    else:
+    else:  # few chats: a template of 70,000 letters writes as many for each
         settings.write_bytes(damaged_json(rng, read))
+        lines = (folder / "chats.jsonl").read_bytes().splitlines(keepends=True)
+        (folder / "chats.jsonl").write_bytes(b"".join(lines[:30]))
