@@ -63,7 +63,8 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
     sizes = Table("predicted bytes", *plan.predictions, box=None)
     sizes.add_row("type", *(described_types(recipe.file(artifact)) for artifact in plan.predictions))
-    sizes.add_row("inputs of 4 bits", *(recipe.file(artifact).inputs for artifact in plan.predictions))
+    if "onnx" in plan.predictions:  # llama.cpp has no choice
+        sizes.add_row("inputs of 4-bit products", *(recipe.file(artifact).inputs for artifact in plan.predictions))
     for name in ("file", "weights", "kv_cache", "compute", "reserve", "total"):
         values = (format_size(getattr(prediction, name)) for prediction in plan.predictions.values())
         sizes.add_row(name.replace("_", " "), *values)
