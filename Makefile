@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS ?= 5000
 SEED ?= 1
-INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 demo: .venv/installed
 	$(BIN)/moe-export --budget 4.5MB --budget-kind file --recover-time 5m --plan-time 2m --out demo
@@ -122,11 +122,16 @@ whole-run: .venv/installed-dev
 start: .venv/installed-dev
 	$(BIN)/python -m benchmarks.start
 
+# pip shows nothing while it compiles.
+SAY_SO = @echo "installing the requirements into .venv; the first time llama.cpp is compiled, which takes some ten minutes"
+
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(SAY_SO)
 	$(INSTALL) '.[cpu]'
 	touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(SAY_SO)
 	$(INSTALL) '.[cpu,dev]'
 	touch $@ .venv/installed
 

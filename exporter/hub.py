@@ -131,8 +131,9 @@ def resolve_original(against: str | None, job: Mapping[str, Any]) -> Path:
         InputError: as :func:`resolve_model`; the message says so if a local folder is gone.
     """
     recorded = job["model"]
-    if against is None and isinstance(recorded, str) and Path(recorded).is_absolute() and not Path(recorded).exists():
-        raise InputError(f"{recorded}, which these files were made from, is not there any more; name it with --against")
+    is_local = isinstance(recorded, str) and (Path(recorded).is_absolute() or recorded.startswith("./"))
+    if against is None and is_local and not Path(recorded).exists():
+        raise InputError(f"{recorded}, which these files were made from, is not here; name it with --against")
     return resolve_model(against or recorded, job["revision"])
 
 

@@ -6,11 +6,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from compressors.model.errors import InputError
+from compressors.model.files.json_file import read_json
 from compressors.model.names import shown
-from exporter.file_names import SUMS
+from exporter.file_names import REPORT, SUMS
 from exporter.hub import network_error
+from exporter.publishing.json_text import json_text
+from exporter.publishing.without_folders import without_folders
 
 __all__ = ["checked_repository", "push_folder", "refuse_unless_logged_in"]
 
@@ -51,7 +55,8 @@ def refuse_unless_logged_in(repository: str) -> None:
 def push_folder(folder: Path, repository: str) -> str:
     """Uploads all files of a published folder; files of the repository with other names stay.
 
-    A repository that does not exist is made, and is private. An interrupted upload goes on when it is repeated.
+    A repository that does not exist is made, and is private. An interrupted upload goes on when it is repeated. Reports
+    are uploaded without the folders of this machine.
 
     Returns:
         The address of the repository.
@@ -66,10 +71,25 @@ def push_folder(folder: Path, repository: str) -> str:
     with _hub_errors(repository, token):
         address = str(hub.create_repo(repository, private=True, exist_ok=True))
         message, sums = f"Upload {folder.name} with moe-export", [SUMS, f"*/{SUMS}"]
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, ignore_patterns=sums)
+        others = [*sums, REPORT, f"*/{REPORT}"]
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, ignore_patterns=others)
+        with _shared_reports(folder) as reports:
+            hub.upload_folder(repo_id=repository, folder_path=reports, commit_message=message)
         # last, so that they are there once all files are
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, allow_patterns=sums)
     return address
+
+
+@contextmanager
+def _shared_reports(folder: Path) -> Iterator[Path]:
+    """A temporary folder with the reports of a published one, which tell nothing of this machine's folders."""
+    with TemporaryDirectory() as temporary:
+        for path in (path for path in folder.rglob(REPORT) if path.is_file()):
+            shared = without_folders(read_json(path), path.parent)
+            copy = Path(temporary) / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(json_text(shared), encoding="utf-8")
+        yield Path(temporary)
 
 
 @contextmanager

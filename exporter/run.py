@@ -39,6 +39,7 @@ from exporter.publishing.json_text import json_text
 from exporter.publishing.model_name import local_path
 from exporter.publishing.outputs import Outputs, publish_folder, reserved
 from exporter.publishing.result import build_report, final_recipe
+from exporter.publishing.without_folders import without_folders
 from exporter.stages.table import OF_ALL_FILES, OF_THE_REPORT
 from exporter.work.directory import WorkDirectory
 from exporter.work.input_state import refuse_changed_texts
@@ -200,8 +201,9 @@ def _built(
     report = build_report(plan, work, records, artifacts) | {"job": identity}
     outputs.write_text(RECIPE, recipe_yaml(final_recipe(plan, work)))
     outputs.write_text(REPORT, json_text(report))
-    outputs.write_text(REPORT_PAGE, render_html(report))
-    outputs.write_text(MODEL_CARD, render_model_card(report))
+    shared = without_folders(report, plan.out)
+    outputs.write_text(REPORT_PAGE, render_html(shared))
+    outputs.write_text(MODEL_CARD, render_model_card(shared))
     outputs.publish()
     return report
 
@@ -211,7 +213,8 @@ def _published(job: Job, work: WorkDirectory, reports: Mapping[str, dict[str, An
     folder = result_folder(work, "")
     report = {"parts": reports, "job": job_identity(job)}
     (folder / REPORT).write_text(json_text(report), encoding="utf-8")
-    (folder / MODEL_CARD).write_text(render_parts(reports), encoding="utf-8")
+    shared = without_folders(report, job.out)
+    (folder / MODEL_CARD).write_text(render_parts(shared["parts"]), encoding="utf-8")
     publish_folder(folder, job.out.resolve(), work.folder)
     return report
 

@@ -30,7 +30,8 @@ from validate.metrics.statistics import perplexity
 from validate.runtimes.backend import scored_positions
 from validate.runtimes.torch import TorchBackend
 
-__all__ = ["BLOCKS_PER_STEP", "HELDOUT_CHUNKS", "TRAINING_BLOCKS", "Measured", "load", "measure_into", "prepare"]
+__all__ = ["BLOCKS_PER_STEP", "HELDOUT_CHUNKS", "TRAINING_BLOCKS", "Measured", "built", "load", "measure_into"]
+__all__ += ["prepare"]
 
 _TEXT = Path(__file__).parents[2] / "exporter/demo/text"
 CALIBRATION_BLOCKS = 64
@@ -57,8 +58,8 @@ class Measured:
     chunk_divergences: tuple[float, ...]
 
 
-def prepare(model: str, folder: Path) -> None:
-    """Puts what the teacher knows and, last, the tokens into the folder."""
+def prepare(model: str, folder: Path, n_chunks: int = HELDOUT_CHUNKS) -> None:
+    """Puts what the teacher knows and, last, the tokens into the folder; ``n_chunks`` are held out."""
     if (folder / _TOKENS).exists():
         return
     _settle()
@@ -66,7 +67,7 @@ def prepare(model: str, folder: Path) -> None:
     calibration, _, heldout = tokenize(read_splits(_TEXT / "calibration", _TEXT / "heldout"), source.tokenizer_folder)
     spread_BT = calibration.spread(CALIBRATION_BLOCKS).tokens_BT
     training_BT = spread_BT[torch.randperm(len(spread_BT), generator=torch.Generator().manual_seed(0))]
-    heldout_BT = heldout.spread(HELDOUT_CHUNKS).tokens_BT
+    heldout_BT = heldout.spread(n_chunks).tokens_BT
     student = Student.teacher(source)
     collector, teacher = StatisticsCollector(source.spec), StreamedModel(student)
     (states,) = teacher.stream([TokenGroup(training_BT, [collector.observe])])
@@ -75,7 +76,7 @@ def prepare(model: str, folder: Path) -> None:
     targets = TeacherTargets.create(folder / "targets", training_BT.numel(), source.spec.vocab_size)
     write_targets(teacher, states, targets, range(len(training_BT)))
     scored = scored_positions(BLOCK_LENGTH)
-    n_positions = HELDOUT_CHUNKS * (scored.stop - scored.start)
+    n_positions = n_chunks * (scored.stop - scored.start)
     writer = LogProbWriter(folder / "log_probs", n_positions, source.spec.vocab_size)
     evaluate(TorchBackend(student), heldout_BT.numpy(), {}, record=writer)
     save_file({"training": training_BT, "heldout": heldout_BT}, folder / _TOKENS)
@@ -83,18 +84,8 @@ def prepare(model: str, folder: Path) -> None:
 
 def measure(model: str, name: str, share: float, folder: Path) -> Measured:
     """Builds, trains and measures an arm, on what :func:`prepare` left."""
-    _settle()
-    source, tokens, arm = open_source(MODELS[model]), load_file(folder / _TOKENS), ARMS[name]
-    statistics = StoredStatistics(folder / "statistics", source.spec.n_layers)
-    student = arm.build(Teacher(source, statistics, tokens["training"]), share)
-    gone, start = removed(student), time.process_time()
-    if arm.scope is not None:
-        targets = TeacherTargets(folder / "targets")
-        schedule = Schedule(TRAINING_BLOCKS, arm.rate, BLOCKS_PER_STEP, fade_ratio=arm.fade)
-        limit = MemoryLimit(_MEMORY_BYTES, folder)
-        objective = Distillation(targets, student)
-        student = train(Training(student, tokens["training"], objective, schedule, scope=arm.scope, limit=limit))
-    seconds = time.process_time() - start
+    student, seconds = built(model, name, share, folder)
+    gone, tokens = removed(student), load_file(folder / _TOKENS)
     evaluation = evaluate(
         TorchBackend(student), tokens["heldout"].numpy(), {TEACHER: LogProbReader(folder / "log_probs")}
     )
@@ -107,8 +98,23 @@ def measure(model: str, name: str, share: float, folder: Path) -> Measured:
         perplexity(evaluation.negative_log_likelihood_N)[0],
         float(divergence_N.mean()),
         seconds,
-        tuple(divergence_N.reshape(HELDOUT_CHUNKS, -1).mean(1).tolist()),
+        tuple(divergence_N.reshape(len(tokens["heldout"]), -1).mean(1).tolist()),
     )
+
+
+def built(model: str, name: str, share: float, folder: Path) -> tuple[Student, float]:
+    """An arm's student, trained as the arm says, and the processor time of the training."""
+    _settle()
+    source, tokens, arm = open_source(MODELS[model]), load_file(folder / _TOKENS), ARMS[name]
+    statistics = StoredStatistics(folder / "statistics", source.spec.n_layers)
+    student = arm.build(Teacher(source, statistics, tokens["training"]), share)
+    if arm.scope is None:
+        return student, 0.0
+    start, objective = time.process_time(), Distillation(TeacherTargets(folder / "targets"), student)
+    schedule = Schedule(TRAINING_BLOCKS, arm.rate, BLOCKS_PER_STEP, fade_ratio=arm.fade)
+    limit = MemoryLimit(_MEMORY_BYTES, folder)
+    student = train(Training(student, tokens["training"], objective, schedule, scope=arm.scope, limit=limit))
+    return student, time.process_time() - start
 
 
 def measure_into(path: Path, model: str, arm: str, share: float, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Our ONNX folders in optimum's ORTModelForCausalLM and the AutoTokenizer of transformers 4.57.
 
-The trained models, and a tiny random one for each row of ``tests/families/rows.py`` that has an ONNX file. The
-reference tokens of the trained models are stock transformers' in float32; those of the others are ONNX Runtime's with
-the same file, which tests compare with stock transformers.
+The trained models, these with experts on shared bases, and a tiny random one for each row of
+``tests/families/rows.py`` that has an ONNX file. The reference tokens of the trained models are stock transformers' in
+float32; those of the others are ONNX Runtime's with the same file, which tests compare with torch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.writer import write_onnx
+from tests.exporter.writing.onnx.on_bases import student_on_bases
 from tests.families.checkpoints import write_model
 from tests.families.rows import ROWS
 from validate.runtimes.onnx import OnnxRuntimeBackend
@@ -37,6 +38,7 @@ _PACKAGES = ("torch==2.13.0", "optimum-onnx==0.1.0", "transformers==4.57.6", "on
 _MODELS = {"fine": REPOSITORY / "exporter/demo/model", "coarse": REPOSITORY / "tests/fixtures/coarse"}
 _PROMPTS = ("The history of", "Returns a new list of the", "In the beginning God", "def main():\n")
 _NEW_TOKENS = 32
+_RANK = 8  # of the adapters of experts on shared bases
 _CHECKS = ("tokenizer", "single", "left_padded_batch")
 
 
@@ -52,7 +54,8 @@ def compare() -> tuple[list[str], bool]:
     rows = [(name, has_states, result) for (name, _, has_states), result in zip(folders, results, strict=True)]
     for name, has_states, result in rows:
         print(name, "with recurrent states" if has_states else "", result)
-    trained = all(result[check] is True for name, _, result in rows for check in _CHECKS if "trained" in name)
+    known = ("trained", "on shared bases")
+    trained = all(result[check] is True for name, _, result in rows for check in _CHECKS if name.endswith(known))
     runs = all(result[check] is not False for *_, result in rows for check in _CHECKS)
     return _section(rows), trained and runs and all(result["tokenizer"] is True for *_, result in rows)
 
@@ -62,6 +65,9 @@ def _folders(place: Path) -> Iterator[tuple[str, Path, bool]]:
     for name, source in _MODELS.items():
         student = Student.teacher(Checkpoint(source))
         yield f"{name}, trained", _export(student, place / f"{name}-trained", _by_transformers(source)), False
+        base_of = (None, *(expert % 2 for expert in range(student.spec.n_experts - 1)))
+        on_bases = student_on_bases(source, base_of, _RANK)
+        yield f"{name}, on shared bases", _export(on_bases, place / f"{name}-bases", None), False
     for family, row in ROWS.items():
         source = place / f"{family}-source"
         write_model(family, row, source, _MODELS["fine"])

@@ -132,6 +132,8 @@ def _parsed(line: str) -> _Chat:
         raise ValueError(f"it is not JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
         raise ValueError("it is not JSON that can be read (too many brackets)") from None
+    except ValueError:  # of int(), which takes 4,300 digits
+        raise ValueError("it is not JSON that can be read (a number of thousands of digits)") from None
     if not isinstance(data, dict):
         raise ValueError('it is not an object such as {"messages": [...]}')
     messages, tools = data.get("messages"), data.get("tools")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -44,8 +45,9 @@ def parse_mixture(given: str | Path | Iterable[str | Path]) -> tuple[WeightedTex
         InputError: a weight is not above 0, or a path is given twice.
     """
     texts = [_parsed(str(one)) for one in ([given] if isinstance(given, str | Path) else given)]
-    for text in texts:
-        if sum(text.path.resolve() == other.path.resolve() for other in texts) > 1:
+    places = [os.path.realpath(text.path) for text in texts]  # Path.resolve raises where a link leads to itself
+    for text, place in zip(texts, places, strict=True):
+        if places.count(place) > 1:
             raise InputError(f"--calibration: {text.path} is given twice; give it once, with the sum of the weights")
     return tuple(texts) if len(texts) > 1 else tuple(replace(text, weight=1.0) for text in texts)
 

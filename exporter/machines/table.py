@@ -51,7 +51,8 @@ def _notes(rows: Sequence[Fit | NoFit]) -> Iterator[str]:
     """Sentences for which the table's cells have no room."""
     if any(isinstance(row, Fit) for row in rows):
         yield ""
-        yield "divergence: from the original, in nats, as expected; a run measures it. tokens/s: the most, by bandwidth"
+        yield "divergence: from the original, in nats, as expected; a run measures it"
+        yield "tokens/s: the most that the memory's bandwidth allows"
     for row in rows:
         if isinstance(row, NoFit):
             yield f"{row.machine.name}: {row.why}"

@@ -270,6 +270,8 @@ def _folder_to_be(flag: str, path: Path) -> Path:
                 "files beside it have longer ones"
             )
     for folder in (path, *path.parents):
+        if os.path.islink(os.path.realpath(folder)):  # it ends at a link only where links lead to each other
+            raise InputError(f"{flag}: {folder} is a link that leads to itself; choose another place")
         if _exists(flag, folder):
             if not folder.is_dir():
                 raise InputError(f"{flag}: {folder} is a file, not a folder; choose another place")

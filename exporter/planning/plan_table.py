@@ -61,14 +61,23 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     if plan.mixture:
         choices.add_row("calibration", plan.mixture)
     choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
+    disk, memory = disk_lines(plan), memory_lines(teacher, plan.student_spec, source.storage_type.itemsize)
+    return Group(
+        choices, "", _sizes(plan), "", _lines("work on disk, at most", disk), "", _lines("memory, at least", memory)
+    )
+
+
+def _sizes(plan: Plan) -> Table:
+    """Types and predicted bytes of the artifacts, one in each column."""
+    files = [plan.recipe.file(artifact) for artifact in plan.predictions]
     sizes = Table("predicted bytes", *plan.predictions, box=None)
-    sizes.add_row("type", *(described_types(recipe.file(artifact)) for artifact in plan.predictions))
-    sizes.add_row("inputs of 4 bits", *(recipe.file(artifact).inputs for artifact in plan.predictions))
+    sizes.add_row("type", *map(described_types, files))
+    if "onnx" in plan.predictions:  # llama.cpp has no choice
+        sizes.add_row("inputs of 4-bit products", *(file.inputs for file in files))
     for name in ("file", "weights", "kv_cache", "compute", "reserve", "total"):
         values = (format_size(getattr(prediction, name)) for prediction in plan.predictions.values())
         sizes.add_row(name.replace("_", " "), *values)
-    disk, memory = disk_lines(plan), memory_lines(teacher, plan.student_spec, source.storage_type.itemsize)
-    return Group(choices, "", sizes, "", _lines("work on disk, at most", disk), "", _lines("memory, at least", memory))
+    return sizes
 
 
 def _download(plan: Plan) -> str:

@@ -153,7 +153,7 @@ GGUF = Stage(
 ONNX = Stage(
     "onnx",
     "files.writers",
-    version=6,
+    version=7,
     what="write the ONNX folder",
     reads=_STUDENT | _STATISTICS | _FEEDBACK,
     takes=_LAYER_INPUTS,
@@ -192,7 +192,7 @@ def _within(*stages: Stage) -> Reads:
 SEARCH = Stage(
     "search",
     "search.search",
-    version=2,
+    version=3,
     what="search for the best file that fits",
     reads=_within(COMPRESS, RECOVER, GGUF, ONNX),
     writes=(FOUND, EFFORT, TRIAL),
@@ -221,7 +221,7 @@ STUDENT = Stage(
 TEACHER_TEXTS = Stage(
     "teacher_texts",
     "teacher.texts",
-    version=3,
+    version=4,
     what="let the original write a few texts",
     reads=_BLOCKS,
     writes=(GENERATION, TEXT_EFFORT),
@@ -246,7 +246,7 @@ VALIDATE_WRITTEN = Stage(
 VALIDATE_GGUF = Stage(
     "validate_gguf",
     "judge.runtimes",
-    version=7,
+    version=8,
     what="measure the GGUF in llama.cpp",
     reads=files_of("gguf", GGUF_FILE) | _HELDOUT | _SAME_WEIGHTS,
     writes=(EVALUATION, MEASUREMENT, LOG_PROBS),
@@ -256,7 +256,7 @@ VALIDATE_GGUF = Stage(
 VALIDATE_ONNX = Stage(
     "validate_onnx",
     "judge.runtimes",
-    version=6,
+    version=7,
     what="measure the ONNX in ONNX Runtime",
     reads=files_of("onnx", ONNX_FOLDER) | _HELDOUT | _SAME_WEIGHTS | files_of("validate_gguf", LOG_PROBS),
     writes=(EVALUATION, MEASUREMENT),

@@ -113,7 +113,8 @@ def _rewritings(tokenizer: Mapping[str, Any]) -> Mapping[str, _Rewriting]:
     """The changes that the tokenizer makes to a text before it cuts it, and llama.cpp does not; by kind of text."""
     rewritings: dict[str, _Rewriting] = {}
     if any(step["type"] == "NFC" for step in steps_of(tokenizer["normalizer"])):
-        rewritings["that is not in Unicode's normal form C"] = lambda text: unicodedata.normalize("NFC", text)
+        reason = "whose accents are characters of their own (not in Unicode's normal form C)"
+        rewritings[reason] = lambda text: unicodedata.normalize("NFC", text)
     if any(step["type"] == "Metaspace" for step in steps_of(tokenizer["pre_tokenizer"])):
         rewritings["that begins with a space"] = lambda text: text[1:] if text.startswith((" ", "▁")) else text
     return rewritings

@@ -29,6 +29,7 @@ from exporter.writing.files import sha256_of
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.writer import write_onnx
+from tests.fuzz.chats import write_chats
 from validate.metrics.logits_file import LogitsFileWriter
 
 __all__ = ["make_inputs"]
@@ -41,7 +42,7 @@ _VOCAB_SIZE = 320
 
 
 def make_inputs(folder: Path) -> None:
-    """Fills ``folder`` with ``qwen``, ``mixtral`` (in two files), ``model.gguf``, ``onnx`` and ``text``."""
+    """Fills ``folder`` with ``qwen``, ``mixtral`` (in two files), ``model.gguf``, ``onnx``, ``text`` and ``chats``."""
     torch.manual_seed(0)
     _checkpoint(folder / "qwen", _QWEN, _byte_level(), shards=1)
     _checkpoint(folder / "mixtral", _MIXTRAL, _with_bytes_as_fallback(), shards=2)
@@ -58,6 +59,8 @@ def make_inputs(folder: Path) -> None:
         (folder / "text" / name).mkdir(parents=True)
         words = [f"{name} the cat {number} sat on the mat {number * number}." for number in range(400)]
         (folder / "text" / name / "words.txt").write_text("\n\n".join(words), encoding="utf-8")
+    shutil.copytree(folder / "qwen", folder / "chats")  # chats are written out by the template of their model
+    write_chats(folder / "chats" / "chats.jsonl")
 
 
 def _recipe(folder: Path, source: Source) -> None:

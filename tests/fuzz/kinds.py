@@ -28,6 +28,7 @@ from exporter.inspection import describe, description_table
 from exporter.planning.job import Flags, parse_requirements
 from exporter.planning.recipe import load_recipe, recipe_yaml
 from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
+from tests.fuzz.chats import damage_chats, read_chats
 from tests.fuzz.configurations import damage_config, damage_index, damage_tokenizer
 from tests.fuzz.gguf_files import damage_gguf
 from tests.fuzz.onnx_files import damage_onnx
@@ -179,6 +180,12 @@ def _with_texts(folder: Path, inputs: Path) -> list[str]:
     return ["export", str(inputs / "qwen"), *_texts(folder), *out]
 
 
+def _with_chats(folder: Path, inputs: Path) -> list[str]:
+    texts = ["--calibration", str(folder / "chats.jsonl"), "--text", str(inputs / "text" / "heldout")]
+    out = ["--dry-run", "--memory", "2GB", "--threads", "1", "--out", str(folder.parent / "out")]
+    return ["export", str(folder), "--budget", "2MB", *texts, *out]
+
+
 def _validate(file: str) -> Callable[[Path, Path], list[str]]:
     def command(folder: Path, inputs: Path) -> list[str]:
         against = ["--against", str(inputs / "qwen"), "--text", str(inputs / "text" / "heldout" / "words.txt")]
@@ -201,6 +208,7 @@ KINDS = {
     "tokenizer": Kind(("qwen", "mixtral"), damage_tokenizer, _read_checkpoint, _export, share=12),
     "recipe": Kind(("recipe",), damage_recipe, _read_recipe, _with_recipe, share=8),
     "text": Kind(("text",), damage_text, _read_text, _with_texts, share=3),
+    "chats": Kind(("chats",), damage_chats, read_chats, _with_chats, share=3),
     "logits": Kind(("logits",), damage_logits, _read_logits, _validate_beside_logits, share=3),
     "flags": Kind(("empty",), None, _read_flags, share=3),
     "words": Kind(("empty",), None, _read_words, share=3),

@@ -30,6 +30,7 @@ _COUNTS = {
     "recipe": 80,
     "published": 60,
     "text": 25,
+    "chats": 25,
     "logits": 30,
     "flags": 60,
     "words": 40,

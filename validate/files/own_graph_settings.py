@@ -25,6 +25,7 @@ from compressors.model.files.onnx_names import (
     JOINED,
     LOGIT_CAP,
     LOGITS,
+    NONE_CHOSEN,
     RESIDUAL_FACTOR,
     ROUTER_FACTOR,
     ROUTING,
@@ -66,7 +67,9 @@ _ROUTING: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "LogSoftmax": {"axis": (-1, None)},
 }
 """Attributes of the nodes with which our graphs route where the MoE operators cannot, by operator."""
-_FILLED = {"not_chosen": -1e4, "shut": -math.inf, "open": 0.0}
+_NOT_CHOSEN = -1e4
+"""The logit of experts that a token did not choose."""
+_FILLED = {"shut": -math.inf, "open": 0.0}
 """The numbers that fill such nodes' values, by the end of the values' names."""
 
 _DELTA = "delta"
@@ -174,6 +177,8 @@ def _of_state(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
 
 
 def _of_our_routing(node: onnx.NodeProto) -> AllowedValues:
+    if node.op_type == "ConstantOfShape" and node.output[0].startswith(NONE_CHOSEN):
+        return {"value": (_NOT_CHOSEN,)}
     _, routing, name = node.output[0].partition(f".{ROUTING}.")
     if not routing:
         return {}

@@ -15,9 +15,9 @@ __all__ = ["attributes_beside_bases", "constants_of_bases"]
 
 _OURS = re.compile(r"(layers\.\d+\.)?(bases|adapted|experts\.own)\.(?P<name>.*)")
 _INT64, _BOOL = onnx.TensorProto.INT64, onnx.TensorProto.BOOL
-_GATHERED_COLUMNS = ("weights", "gates", "logits", "row", "of_members", "own")
+_GATHERED_COLUMNS = ("of_replaced", "gates", "logits", "row", "of_members", "own")
 """The last parts of the names of values that are gathered along their second axis."""
-_SPLIT_ROWS = re.compile(r"(inputs|column|.*sums(\.in_use)?)\.\d+|.*input\.adapted\.gate")
+_SPLIT_ROWS = re.compile(r"(inputs|column|.*rows_of_sums\.in_use)\.\d+|all\.\d+\.input\.adapted\.gate")
 """The ends of the names of values that are cut along their first axis."""
 
 _ALLOWED = Mapping[str, tuple[Any, ...]]
@@ -47,13 +47,13 @@ def attributes_beside_bases(node: onnx.NodeProto) -> dict[str, tuple[Any, ...]]:
     if node.op_type == "Gather":
         allowed["axis"] = (1,) if last in _GATHERED_COLUMNS else (0, None)
     if node.op_type == "Concat":
-        allowed["axis"] = (0,)
+        allowed["axis"] = (1,) if last == "side_by_side" else (0,)
     if node.op_type == "Split":
         allowed["axis"] = (0, None) if _SPLIT_ROWS.fullmatch(name) else (1,)
     if node.op_type == "FusedMatMul":
-        is_sum = last == "sums" or name == "one.input.adapted"
-        allowed["transA"] = (1,) if is_sum else (0, None)
-        allowed["transB"] = (0, None) if is_sum else (1,)
+        is_turned = name == "one.input.adapted"
+        allowed["transA"] = (1,) if is_turned else (0, None)
+        allowed["transB"] = (0, None) if is_turned else (1,)
     if node.op_type == "ReduceSum" and last == "share":
         allowed["keepdims"] = (1, None)
     return allowed
@@ -67,7 +67,7 @@ def constants_of_bases(layer: LayerSpec) -> dict[str, Any]:
     return {"bases.own": list(bases.own), "bases.replaced": list(bases.replaced), "bases.group": _groups(bases)}
 
 
-def _groups(bases: SharedBases) -> list[int]:
-    """The number of the group of each expert that stands on a base: those without a base come last."""
+def _groups(bases: SharedBases) -> list[list[int]]:
+    """The number of the group of each expert that stands on a base, in a column: those without a base come last."""
     numbers = [bases.base_of[expert] for expert in bases.replaced]
-    return [bases.n_bases if number is None or number == SharedBases.ZERO else number for number in numbers]
+    return [[bases.n_bases if number is None or number == SharedBases.ZERO else number] for number in numbers]

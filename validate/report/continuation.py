@@ -1,6 +1,6 @@
 """One beginning of held-out text, continued by the original and by the files, so that a person sees that they write.
 
-It is the middle one of the beginnings that every model continued, so nobody chose it for its outcome.
+Its place among the beginnings that every model continued is fixed, so nobody chose it for what the files write.
 """
 
 from __future__ import annotations
@@ -22,24 +22,17 @@ class Continuation:
     """A prompt and the texts after it."""
 
     prompt: str
-    drawn: bool  # True: tokens are drawn with the same random numbers for every model; False: the most probable ones
+    temperature: float  # at which tokens are drawn, with the same random numbers for every model
     texts: Mapping[str, str]  # by the name of the model
 
     @property
     def how(self) -> str:
-        """Says how prompt and tokens were chosen."""
-        way = (
-            "tokens drawn with the same random numbers for each, because the most probable ones end in a loop"
-            if self.drawn
-            else "the most probable token each time"
-        )
-        return f"the middle prompt of the held-out text; {way}"
+        """Says how the tokens were chosen."""
+        return f"tokens drawn with the same random numbers for each, at temperature {self.temperature:g}"
 
 
 def continuation(reports: Mapping[str, Report]) -> Continuation | None:
-    """The texts after the middle prompt; None if the original or all files wrote none, or prompts differ.
-
-    All models write in the same way: greedily, or, if that makes one of them loop, by drawing.
+    """The texts after one prompt; None if the original or all files wrote none, or prompts differ.
 
     Args:
         reports: the reports of all outputs, by name, or one whose name is empty.
@@ -48,14 +41,13 @@ def continuation(reports: Mapping[str, Report]) -> Continuation | None:
     for name, report in reports.items():
         for row in (facts.validation_row(report, "teacher"), *facts.shipped_rows(report)):
             example = find(row, "generation", "example")
-            if example is not None:
+            if example is not None and "text" in example:  # reports of earlier versions have another one
                 examples[_name(name, row, reports)] = example
     if _ORIGINAL not in examples or len(examples) < 2 or len({example["prompt"] for example in examples.values()}) != 1:
         return None
-    drawn = any(example["greedy_loops"] for example in examples.values())
-    way = "sampled" if drawn else "greedy"
-    texts = {name: example[way] for name, example in examples.items()}
-    return Continuation(next(iter(examples.values()))["prompt"], drawn, texts)
+    texts = {name: example["text"] for name, example in examples.items()}
+    first = examples[_ORIGINAL]
+    return Continuation(first["prompt"], first["temperature"], texts)
 
 
 def _name(part: str, row: Mapping[str, Any], reports: Mapping[str, Report]) -> str:

@@ -40,11 +40,12 @@ class Wish:
     most: int  # tokens to draft
     prompt: int | None = None  # the prompt whose random numbers draw the tokens; None: the most probable are taken
     place: int = 0  # of the first token to draft, after the prompt
+    temperature: float = 1.0  # of the draw
 
     @property
     def choose(self) -> ChooseToken:
         """The choice of the next tokens."""
-        return greedy if self.prompt is None else sampled(self.prompt, self.place)
+        return greedy if self.prompt is None else sampled(self.prompt, self.place, self.temperature)
 
 
 Drafts = list[list[int]]

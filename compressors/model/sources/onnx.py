@@ -201,17 +201,25 @@ class OnnxWeights:
         product_OI = b_RO.T.contiguous() @ a_RI
         if base is None or base == SharedBases.ZERO:
             return product_OI
-        return self._factor(place, Form.BASE, base, len(product_OI)) + product_OI
+        return self._base(place, base, *product_OI.shape) + product_OI
+
+    def _base(self, place: Place, base: int, n_rows: int, n_columns: int) -> torch.Tensor:
+        """One role's matrix of a base: float32 [rows, columns]."""
+        joined = self._factors.get((place, Form.JOINED_BASES))
+        if joined is None:
+            return self._factor(place, Form.BASE, base, n_rows)
+        return self._rows(joined, 0, n_rows)[:, base * n_columns :][:, :n_columns]
 
     def _factor(self, place: Place, form: Form, number: int, n_rows: int) -> torch.Tensor:
-        """One role's rows of a base or of a factor: float32 [rows, columns]."""
+        """One role's rows of a base of its own, or of a factor: float32 [rows, columns]."""
         weight = self._factors[place, form]
         first = (number * len(weight.roles) + weight.roles.index(place[0])) * n_rows
         return self._rows(weight, first, n_rows)
 
     def _of_bases(self, role: Role, layer: int | None) -> tuple[_Weight, ...]:
         """The weight that says how the matrices of a layer are stored that all stand on bases: that of the bases."""
-        found = (self._factors.get(((role, layer), form)) for form in (Form.BASE, Form.INPUTS))
+        forms = (Form.BASE, Form.JOINED_BASES, Form.INPUTS)
+        found = (self._factors.get(((role, layer), form)) for form in forms)
         return tuple(weight for weight in found if weight is not None)[:1]
 
     def block_length(self, role: Role, layer: int | None) -> int | None:

@@ -17,7 +17,12 @@ from compressors.model.description.transforms import HeadMatrices
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Form", "OnnxWeight", "Part", "factors_of_layer", "row_lengths", "weights_of", "written_shape"]
+__all__ = ["Form", "OnnxWeight", "Part", "factors_of_layer", "joins_bases", "row_lengths", "weights_of"]
+__all__ += ["written_shape"]
+
+_JOINED_VALUES = 1 << 19
+"""Values of the gates and ups of a layer's bases up to which one product computes all: to find the tokens of each base
+would take longer."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Form(Enum):
 
     WHOLE = "whole"
     BASE = "bases"  # [bases, P O, I] for P matrices: gate and up, or one
+    JOINED_BASES = "joined_bases"  # down of all bases side by side: [O, bases I]
     INPUTS = "adapter_a"  # A of each expert that stands on a base: [experts, P, R, I]
     OUTPUTS = "adapter_b"  # B of each, transposed: [experts, P, R, O]
 
@@ -75,7 +81,7 @@ class OnnxWeight:
         part: the part of the tensor that it is; None: it is whole.
         n_copies: the number of times that each row stands there, one after the other.
         form: the part of the matrices that it holds.
-        numbers: the experts, or the bases, whose matrices follow each other in it.
+        numbers: the experts, or the bases, whose matrices it holds.
     """
 
     name: str
@@ -123,6 +129,12 @@ def factors_of_layer(layer: LayerSpec, index: int) -> tuple[OnnxWeight, ...]:
     return tuple(weight for weight in _weights_of_layer(layer, index) if weight.form is not Form.WHOLE)
 
 
+def joins_bases(layer: LayerSpec) -> bool:
+    """True if every token is multiplied by all bases of the layer at once."""
+    n_bases = 0 if layer.bases is None else layer.bases.n_bases
+    return n_bases * layer.expert_input_rows * layer.expert_size <= _JOINED_VALUES
+
+
 def _own_experts(layer: LayerSpec) -> tuple[int, ...]:
     """The experts whose matrices the file holds whole."""
     return tuple(range(layer.n_experts)) if layer.bases is None else layer.bases.own
@@ -135,17 +147,18 @@ def _factors(tensors: Sequence[TensorSpec], layer: LayerSpec, bases: SharedBases
     """
     rows, columns = layer.dimensions(tensors[0])
     roles = tuple(tensor.role for tensor in tensors)
-    forms: Iterable[tuple[Form, tuple[int, ...], tuple[int, int]]] = (
-        (Form.BASE, tuple(range(bases.n_bases)), (rows, columns)),
-        (Form.INPUTS, bases.replaced, (bases.rank, columns)),
-        (Form.OUTPUTS, bases.replaced, (bases.rank, rows)),
+    joins = Role.EXPERT_DOWN in roles and joins_bases(layer)
+    base_shape = (rows, bases.n_bases * columns) if joins else (bases.n_bases, len(tensors) * rows, columns)
+    of_replaced = (len(bases.replaced), len(tensors), bases.rank)
+    forms: Iterable[tuple[Form, tuple[int, ...], tuple[int, ...]]] = (
+        (Form.JOINED_BASES if joins else Form.BASE, tuple(range(bases.n_bases)), base_shape),
+        (Form.INPUTS, bases.replaced, (*of_replaced, columns)),
+        (Form.OUTPUTS, bases.replaced, (*of_replaced, rows)),
     )
     for form, numbers, shape in forms:
         if numbers:
             name = tensors[0].name.format(layer=index, expert=form.value)
-            of_each = (len(tensors), *shape) if form.is_adapter else (len(tensors) * shape[0], shape[1])
-            whole = (len(numbers), *of_each)
-            yield OnnxWeight(name, roles, index, whole, form=form, numbers=numbers)
+            yield OnnxWeight(name, roles, index, shape, form=form, numbers=numbers)
 
 
 def _copies(tensors: Sequence[TensorSpec], layer: LayerSpec) -> int:

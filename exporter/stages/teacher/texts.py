@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,17 @@ from compressors.recover.sampling import cache_bytes
 from exporter.file_names import GENERATION, TEXT_EFFORT
 from exporter.stages.inputs import artifact_path, memory_limit, text_figures, token_blocks, use_threads
 from exporter.work.stage import StageContext
-from validate.metrics.generation import NEW_TOKENS, GeneratedTexts, prompts_of
+from validate.metrics.generation import EXAMPLE_TEMPERATURE, NEW_TOKENS, GeneratedTexts, example_prompt, prompts_of
 from validate.runtimes.drafts import Drafter, Wish
 
 __all__ = ["chosen_tokens", "drafts_of", "streamed_texts", "teacher_texts"]
+
+
+class _Drawn(TypedDict, total=False):
+    """How a text's tokens are drawn, as :class:`~validate.runtimes.drafts.Wish` takes it."""
+
+    prompt: int
+    temperature: float
 
 
 def teacher_texts(context: StageContext) -> None:
@@ -40,11 +48,11 @@ def teacher_texts(context: StageContext) -> None:
         Drafter(
             drafting,
             artifact_path(context.work, drafting),
-            n_texts=2 * len(prompts_PT),
+            n_texts=2 * len(prompts_PT) + 1,
             n_tokens=prompts_PT.shape[1] + NEW_TOKENS,
             threads=plan.recipe.threads,
         ) as drafter,
-        context.progress.bar("tokens", 2 * len(prompts_PT) * NEW_TOKENS) as advance,
+        context.progress.bar("tokens", (2 * len(prompts_PT) + 1) * NEW_TOKENS) as advance,
     ):
         draft = drafts_of(drafter, *prompts_PT.shape)
         texts, effort = streamed_texts(model, prompts_PT, advance, draft, plan.end_tokens)
@@ -55,12 +63,12 @@ def teacher_texts(context: StageContext) -> None:
 
 
 def drafts_of(drafter: Drafter, n_prompts: int, n_prompt_tokens: int) -> Draft:
-    """Drafts of a runtime for the texts of all prompts: first the greedy ones, then the drawn ones."""
+    """Drafts of a runtime: first for the greedy texts of all prompts, then for the drawn ones, last for the example."""
 
     def draft(texts: Sequence[int], tokens: Sequence[Sequence[int]], most: Sequence[int]) -> Sequence[Sequence[int]]:
         return drafter.draft(
             [
-                Wish(text, known, n_most, _drawn_by(text, n_prompts), len(known) - n_prompt_tokens)
+                Wish(text, known, n_most, place=len(known) - n_prompt_tokens, **_drawn(text, n_prompts))
                 for text, known, n_most in zip(texts, tokens, most, strict=True)
             ]
         )
@@ -75,7 +83,7 @@ def streamed_texts(
     draft: Draft | None = None,
     ends: Collection[int] = (),
 ) -> tuple[GeneratedTexts, Effort]:
-    """Continues every prompt greedily and at temperature 1.
+    """Continues every prompt greedily and at temperature 1, and one for people to read.
 
     All texts grow together, so layers are read once for a few tokens of each; if the memory limit has no room for their
     keys and values, they are written in parts.
@@ -91,12 +99,13 @@ def streamed_texts(
         InputError: not even one text's keys and values fit the memory limit.
     """
     n_prompts, n_prompt_tokens = prompts_PT.shape
-    both_BT = torch.from_numpy(np.concatenate([prompts_PT, prompts_PT]))
-    n_together = len(both_BT)
+    example = example_prompt(n_prompts)
+    prompts_BT = torch.from_numpy(np.concatenate([prompts_PT, prompts_PT, prompts_PT[example : example + 1]]))
+    n_together = len(prompts_BT)
     while n_together > 1 and not model.reserve(cache_bytes(model.spec, n_together, n_prompt_tokens + NEW_TOKENS)):
         n_together = -(-n_together // 2)
     written, efforts = [], []
-    for part_b in torch.arange(len(both_BT)).split(n_together):
+    for part_b in torch.arange(len(prompts_BT)).split(n_together):
         first = int(part_b[0])
 
         def choose(
@@ -111,23 +120,28 @@ def streamed_texts(
             return draft([first + text for text in texts], tokens, most)
 
         drafted = None if draft is None else draft_part
-        new_bT, effort = write_texts(model, both_BT[part_b], NEW_TOKENS, choose, drafted, ends=ends, progress=progress)
+        new_bT, effort = write_texts(
+            model, prompts_BT[part_b], NEW_TOKENS, choose, drafted, ends=ends, progress=progress
+        )
         written.append(new_bT)
         efforts.append(effort)
     new_BN = torch.cat(written)[:, n_prompt_tokens:].numpy()
-    return GeneratedTexts(new_BN[:n_prompts], new_BN[n_prompts:]), Effort.of_all(efforts)
+    return GeneratedTexts(new_BN[:n_prompts], new_BN[n_prompts:-1], new_BN[-1]), Effort.of_all(efforts)
 
 
 def chosen_tokens(logits_nV: torch.Tensor, texts: Sequence[int], places: Sequence[int], n_prompts: int) -> torch.Tensor:
     """The next tokens of texts, which have the numbers of :func:`drafts_of`, at their places: int64 [n]."""
     tokens_n = logits_nV.argmax(-1)
     for row, (text, place) in enumerate(zip(texts, places, strict=True)):
-        prompt = _drawn_by(text, n_prompts)
-        if prompt is not None:
-            tokens_n[row] = drawn_token(logits_nV[row].numpy(), (prompt, place))
+        if drawn := _drawn(text, n_prompts):
+            tokens_n[row] = drawn_token(logits_nV[row].numpy() / drawn["temperature"], (drawn["prompt"], place))
     return tokens_n
 
 
-def _drawn_by(text: int, n_prompts: int) -> int | None:
-    """The prompt whose random numbers draw a text's tokens; None for a greedy text."""
-    return text - n_prompts if text >= n_prompts else None
+def _drawn(text: int, n_prompts: int) -> _Drawn:
+    """The prompt whose random numbers draw a text's tokens, and the temperature; empty for a greedy text."""
+    if text < n_prompts:
+        return {}
+    if text < 2 * n_prompts:
+        return {"prompt": text - n_prompts, "temperature": 1.0}
+    return {"prompt": example_prompt(n_prompts), "temperature": EXAMPLE_TEMPERATURE}

@@ -117,7 +117,8 @@ def _plan_rows(layout: TensorLayout) -> Iterator[_Rows]:
     """The weights in the file's order: whole experts, and slices of other matrices."""
     for weight in layout.weights:
         if layout.is_of_experts(weight):
-            numbers = weight.numbers or (0,)  # a dense feed-forward is the only expert
+            # A dense feed-forward is the only expert; rows of joined bases hold values of all.
+            numbers = (0,) if weight.form is Form.JOINED_BASES else weight.numbers or (0,)
             rows_each = prod(weight.shape[:-1]) // len(numbers)
             for place, number in enumerate(numbers):
                 yield _Rows(weight, number, slice(place * rows_each, (place + 1) * rows_each))
@@ -205,14 +206,16 @@ class _Weights:
         return _Matrix(rows_RN, weights, weight.codes.name)
 
     def _factor(self, rows: _Rows, role: Role, importance_EN: torch.Tensor | None) -> _Matrix:
-        """A base, or a factor of an adapter; all experts on a base weigh its columns."""
+        """A base, all of them side by side, or a factor of an adapter; all experts on a base weigh its columns."""
         weight, layer, number = rows.weight, rows.weight.layer, rows.number
         assert layer is not None and number is not None
         name, bases = f"{weight.codes.name}[{number}]", self._student.spec.layers[layer].bases
         assert bases is not None, f"{name} stands on nothing"
-        if weight.form is Form.BASE:
-            own_N = None if importance_EN is None else importance_EN[list(bases.members(number))].mean(0)
-            return _Matrix(self._student.base(role, layer, number), own_N, name)
+        if not weight.form.is_adapter:
+            numbers = weight.numbers if weight.form is Form.JOINED_BASES else (number,)
+            values_RN = torch.cat([self._student.base(role, layer, base) for base in numbers], dim=1)
+            members = [] if importance_EN is None else [importance_EN[list(bases.members(base))] for base in numbers]
+            return _Matrix(values_RN, torch.cat([each.mean(0) for each in members]) if members else None, name)
         a_RI, b_OR = self._student.adapter(role, layer, number)
         if weight.form is Form.OUTPUTS:
             return _Matrix(b_OR.T.contiguous(), None, name)

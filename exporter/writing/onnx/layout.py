@@ -73,7 +73,7 @@ class WeightPlan:
     part: Part | None = None  # of the tensor; None: it is whole
     n_copies: int = 1  # each row stands so many times, one after the other
     form: Form = Form.WHOLE  # the part of the matrices that it holds
-    numbers: tuple[int, ...] = ()  # the experts, or the bases, whose matrices follow each other in it
+    numbers: tuple[int, ...] = ()  # the experts, or the bases, whose matrices it holds
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:

@@ -15,7 +15,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.files.integer_blocks import ProductInputs
-from compressors.model.sources.onnx_weights import Form, factors_of_layer, written_shape
+from compressors.model.sources.onnx_weights import Form, factors_of_layer, joins_bases, written_shape
 from exporter.capabilities.onnx import needs_nodes
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors
 from validate.runtimes.cost import CHUNK_TOKENS
@@ -164,8 +164,9 @@ def _neurons_values(width: int, hidden_size: int) -> int:
 def _values_on_bases(layer: LayerSpec, index: int, tokens: int) -> int:
     """Values beside those of the operator, in a layer whose experts stand on bases, while tokens run.
 
-    Each use of a base has its input, the base's products and the sums of neurons, by groups and together, and the
-    base's output; what the operator would have for an expert that stands on a base is counted already. One expert's
+    Joined bases have products and sums of neurons for every token, together and apart. Otherwise each use of a base has
+    its input, the base's products and the sums of neurons, by groups and together, and the base's output; what the
+    operator would have for an expert that stands on a base is counted already. One expert's
     tokens have inputs, products, neurons and outputs, and sums are copied when it adds to them. Its adapters are
     widened, or, for one token, those of all chosen experts.
     """
@@ -177,6 +178,8 @@ def _values_on_bases(layer: LayerSpec, index: int, tokens: int) -> int:
     of_use, of_operator = 3 * size + 2 * rows + 4 * width, _neurons_values(width, size)
     n_groups = bases.n_bases + 1
     beside = max(min(n_groups, chosen) * of_use - chosen * of_operator for chosen in range(routed.top_k + 1))
+    if joins_bases(layer):
+        beside = bases.n_bases * 2 * (rows + width)
     return tokens * beside + tokens * (4 * size + 4 * rows + 4 * width) + routed.top_k * adapters
 
 

@@ -9,13 +9,14 @@ weights do not add up to 1, its output is multiplied by their sum.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.routing import Routing, Score
-from compressors.model.files.onnx_names import ROUTING
+from compressors.model.files.onnx_names import NONE_CHOSEN, ROUTING
 from exporter.writing.onnx.builder import GraphBuilder
 
 __all__ = ["OperatorRouting", "add_masked_routing", "add_routing"]
@@ -106,12 +107,23 @@ class _Masked:
 
     def add(self, logits: str, bias: str | None) -> OperatorRouting:
         graph, name = self._graph, self._name
-        experts = self._chosen(self._selection_scores(logits, bias), self._routed.top_k, "experts")
-        of_chosen = graph.node("GatherElements", [self._log_scores(logits), experts], f"{name}.log_weights", axis=-1)
-        others = self._filled(logits, _NOT_CHOSEN, "not_chosen")
+        scores, experts = self._chosen(self._selection_scores(logits, bias), self._routed.top_k, "experts")
+        of_chosen = scores
+        if bias is not None or not self._chosen_by_weight:
+            of_chosen = graph.node(
+                "GatherElements", [self._log_scores(logits), experts], f"{name}.log_weights", axis=-1
+            )
+        others = graph.once(f"{NONE_CHOSEN}{self._routed.n_experts}", partial(self._filled, logits, _NOT_CHOSEN))
         masked = graph.node("ScatterElements", [others, experts, of_chosen], f"{name}.masked", axis=-1)
         rows = _rows(graph, self._routed, masked, self._prefix)
         return OperatorRouting(rows, normalizes=True, factor=self._factor(of_chosen))
+
+    @property
+    def _chosen_by_weight(self) -> bool:
+        """True if logits are the logarithms of the weights but for a sum, which does not matter."""
+        routing = self._routing
+        divides = _sums_to_one(routing) and not _has_a_sum_of_its_own(routing)
+        return divides and routing.n_groups == 1 and routing.score is not Score.SIGMOID
 
     def _log_scores(self, logits: str) -> str:
         """Logarithms of the scores that stay finite and keep their digits where a score is nearly 0."""
@@ -144,11 +156,9 @@ class _Masked:
         shape = graph.constant("shape.groups", [0, 0, routing.n_groups, members])
         grouped = graph.node("Reshape", [scores, shape], f"{name}.grouped")
         of_each = self._group_scores(grouped, members)
-        groups = self._chosen(of_each, routing.n_chosen_groups, "groups")
-        shut = self._filled(of_each, -np.inf, "shut")
-        lowered = graph.node(
-            "ScatterElements", [shut, groups, self._filled(groups, 0.0, "open")], f"{name}.lowered", axis=-1
-        )
+        _, groups = self._chosen(of_each, routing.n_chosen_groups, "groups")
+        shut, opened = self._filled(of_each, -np.inf, f"{name}.shut"), self._filled(groups, 0.0, f"{name}.open")
+        lowered = graph.node("ScatterElements", [shut, groups, opened], f"{name}.lowered", axis=-1)
         column = graph.node("Unsqueeze", [lowered, graph.constant("axis.last", [-1])], f"{name}.lowered_column")
         of_groups = graph.node("Add", [grouped, column], f"{name}.of_best_groups")
         joined = graph.constant(f"shape.of_{self._routed.n_experts}_experts", [0, 0, -1])
@@ -163,18 +173,18 @@ class _Masked:
         last = graph.constant("axis.last", [-1])
         return graph.node("ReduceSum", [best, last], f"{name}.group_scores", keepdims=0)
 
-    def _chosen(self, scores: str, number: int, what: str) -> str:
-        """Indices of the largest scores; of equal ones the lower index comes first."""
+    def _chosen(self, scores: str, number: int, what: str) -> tuple[str, str]:
+        """The largest scores and their indices; of equal ones the lower index comes first."""
         count = self._graph.constant(f"best_{number}", [number])
         outputs = [f"{self._name}.{what}.scores", f"{self._name}.{what}"]
         self._graph.node("TopK", [scores, count], outputs, axis=-1)
-        return outputs[1]
+        return outputs[0], outputs[1]
 
-    def _filled(self, like: str, value: float, what: str) -> str:
+    def _filled(self, like: str, value: float, output: str) -> str:
         """Fills the shape of another value with a number."""
-        shape = self._graph.node("Shape", [like], f"{self._name}.{what}_shape")
+        shape = self._graph.node("Shape", [like], f"{output}_shape")
         filler = onnx.numpy_helper.from_array(np.asarray([value], dtype=np.float32))
-        return self._graph.node("ConstantOfShape", [shape], f"{self._name}.{what}", value=filler)
+        return self._graph.node("ConstantOfShape", [shape], output, value=filler)
 
     def _factor(self, log_weights: str) -> str | None:
         """The sum of the weights: [batch, sequence, 1], or one number for all tokens."""

@@ -116,6 +116,21 @@ class WeightNodes:
         """The values @ a base's matrix.T; it is a part of the tensor of all bases of the layer."""
         return self._product(_of_expert(self._layout.factor(role, layer, Form.BASE), base), values, output)
 
+    def product_of_joined_bases(self, role: Role, layer: int, values: str, output: str) -> str:
+        """The values times the matrices of all bases of a layer whose bases are joined.
+
+        Gate and up give the products of all bases side by side, [T, bases P F]. Down takes neurons of all bases side by
+        side, [T, bases F], and gives the sum of the bases' outputs.
+        """
+        if role is Role.EXPERT_DOWN:
+            return self._product(self._layout.factor(role, layer, Form.JOINED_BASES), values, output)
+        weight = self._layout.factor(role, layer, Form.BASE)
+        if weight.encoding.blocks is not None:
+            return self._product(_rows_joined(weight), values, output)
+        graph, shape = self._graph, self._graph.constant("bases.rows", [-1, weight.shape[-1]])
+        matrix = graph.node("Reshape", [graph.external(weight.codes), shape], f"{output}.matrix")  # once, on loading
+        return graph.node("FusedMatMul", [values, matrix], output, domain=MICROSOFT, transB=1)
+
     def use_factors(self, role: Role, layer: int) -> None:
         """Widens the scales of a role's adapters; :meth:`factor` may then be called inside of a loop."""
         for form in (Form.INPUTS, Form.OUTPUTS):
@@ -220,6 +235,15 @@ def _of_expert(weight: WeightPlan, expert: int) -> WeightPlan:
 
     scales = None if weight.scales is None else part(weight.scales)
     return replace(weight, shape=weight.shape[1:], codes=part(weight.codes), scales=scales)
+
+
+def _rows_joined(weight: WeightPlan) -> WeightPlan:
+    """Quantized matrices that follow each other, as a matrix of all their rows."""
+    assert weight.scales is not None
+    n_matrices, n_rows, n_columns = weight.shape
+    rows = n_matrices * n_rows
+    scales = replace(weight.scales, shape=(rows, weight.scales.shape[-1]))
+    return replace(weight, shape=(rows, n_columns), scales=scales)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ _DAMAGED = [
     (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
     (b'{"messages": [{"role": "user", "content": "\xff"}]}', "is not UTF-8"),
     (b"[" * 100_000, "too many brackets"),
-    (b'{"messages": ' + b"9" * 5000 + b"}", "is no chat"),
+    (b'{"messages": ' + b"9" * 5000 + b"}", "thousands of digits"),
 ]
 
 

@@ -106,6 +106,13 @@ def test_a_wrong_value_is_refused_by_flag(arguments: dict[str, Any], flag: str) 
     assert str(caught.value).startswith(f"{flag}: ")
 
 
+@pytest.mark.parametrize("name", ["calibration", "text", "recipe", "out", "work_dir"])
+def test_a_link_that_leads_to_itself_is_refused_by_flag(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=rf"^--{name.replace('_', '-')}: .*loop"):
+        Flags(budget="1GB", **{name: tmp_path / "loop"}).job()
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1.5 H", 5400), ("0.5m", 30)])
 def test_durations(text: str, seconds: int) -> None:
     assert parse_duration(text) == seconds

@@ -93,7 +93,7 @@ def test_all_parts_of_a_gguf_file_are_downloaded_and_nothing_else(toy_model: Pat
     first, second = split_gguf(whole, tmp_path / "hub" / "Q8_0" / "model-Q8_0", 2)
     (tmp_path / "hub" / "model-Q4_0.gguf").write_bytes(b"GGUF")
     flags = ("--budget", "90MB", "--quant", "Q8_0", "--experts", "16", "--formats", "gguf", "--recover", "none")
-    flags += ("--dry-run", "--json")
+    flags += ("--dry-run", "--json", "--out", str(tmp_path / "out"))
     with hub_stand_in(tmp_path / "hub") as hub:
         done = _run(hub, tmp_path / "cache", f"{REPOSITORY}/Q8_0/{first.name}", *flags)
         there = _json(done)

@@ -115,6 +115,9 @@ def release(tmp_path: Path) -> Path:
         (folder / name).write_bytes(content)
     digest = hashlib.sha256((folder / "model.gguf").read_bytes()).hexdigest()
     (folder / "SHA256SUMS").write_text(f"{digest}  model.gguf\n")
+    job = {"model": f"{tmp_path}/MyMoE", "text": None}
+    report = {"job": job, "command": f"moe-export {tmp_path}/MyMoE --budget 1GB", "validation": []}
+    (folder / "report.json").write_text(json.dumps(report))
     return folder
 
 
@@ -137,8 +140,16 @@ def test_a_release_is_pushed_whole_to_a_private_repository(toy_model: Path, rele
         again = _push(hub, release, tmp_path / "cache", HF_TOKEN=TOKEN)
         assert again.stdout == done.stdout, "a repository that exists is no error"
     uploaded = hub.uploaded["team/small"]
+    report = json.loads(uploaded.pop("report.json"))
+    assert report == {
+        "job": {"model": "./MyMoE", "text": None},
+        "command": "moe-export MyMoE --budget 1GB",
+        "validation": [],
+    }
     assert uploaded == {
-        path.relative_to(release).as_posix(): path.read_bytes() for path in release.rglob("*") if path.is_file()
+        path.relative_to(release).as_posix(): path.read_bytes()
+        for path in release.rglob("*")
+        if path.is_file() and path.name != "report.json"
     }
     assert hub.private == {"team/small": True}
     assert TOKEN not in done.stdout + done.stderr

@@ -26,7 +26,7 @@ from validate.vocabulary.vocabulary_process import LlamaTokens, ask_llama_cpp
 _ROWS = 4200
 _FIRST_FREE = 4096
 _IM_END = 2
-_NOT_NFC = "that is not in Unicode's normal form C"
+_NOT_NFC = "not in Unicode's normal form C"
 _FURTHER_END = "llama.cpp ends a text at <|im_end|> too, which the model's files do not name as end of a text"
 
 Edit = Callable[[dict[str, Any]], object]

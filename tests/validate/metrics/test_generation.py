@@ -25,6 +25,7 @@ from validate.metrics.generation import (
     NEW_TOKENS,
     GeneratedTexts,
     example_of,
+    example_prompt,
     generate_texts,
     generation_figures,
     largest_share_by_chance,
@@ -129,7 +130,7 @@ def test_figures_end_at_the_end_of_text() -> None:
     ended = [1, 2, 3, 1, 2, 0, *range(10, 68)]
     plain = list(range(100, 164))
     greedy_PN, sampled_PN = np.array([looping, ended, plain, plain]), np.array([plain, plain, ended, ended])
-    figures = generation_figures(GeneratedTexts(greedy_PN, sampled_PN), [0, 5])
+    figures = generation_figures(GeneratedTexts(greedy_PN, sampled_PN, np.array(ended)), [0, 5])
     assert figures["prompts"] == 4
     greedy = figures["greedy"]
     assert (greedy["loop_rate"], greedy["end_of_text_rate"]) == (0.25, 0.25)
@@ -139,20 +140,18 @@ def test_figures_end_at_the_end_of_text() -> None:
     assert sampled["end_of_text_rate_interval"] == rate_interval(2, 4)
 
 
-def test_the_example_is_the_middle_prompt_whatever_was_written() -> None:
-    looping = [3] * 64
-    greedy_PN = np.array([range(64), [7, 8, 0, *range(61)], looping, looping])
-    sampled_PN = greedy_PN + 1
+def test_the_example_is_after_a_prompt_at_a_fixed_place() -> None:
+    texts_PN = np.array([[3] * 64] * 4)
     prompts_PT = np.arange(4 * 32).reshape(4, 32)
 
     def decode(tokens: list[int]) -> str:
         return " ".join(map(str, tokens))
 
-    example = example_of(prompts_PT, GeneratedTexts(greedy_PN, sampled_PN), [0], decode)
+    written = GeneratedTexts(texts_PN, texts_PN, np.array([7, 8, 0, *range(61)]))
+    example = example_of(prompts_PT, written, [0], decode)
     assert example["prompt"] == decode(list(range(64, 96)))
-    assert (example["greedy"], example["greedy_loops"], example["sampled"]) == (decode(looping), True, decode([4] * 64))
-    of_three = example_of(prompts_PT[:3], GeneratedTexts(greedy_PN[:3], sampled_PN[:3]), [0], decode)
-    assert (of_three["greedy"], of_three["greedy_loops"]) == ("7 8", False), "an end of text ends it"
+    assert (example["text"], example["temperature"]) == ("7 8", 0.5), "an end of text ends it"
+    assert [example_prompt(n_prompts) for n_prompts in (1, 2, 24)] == [0, 1, 16]
 
 
 _Tokens = npt.NDArray[np.int64]
@@ -172,38 +171,45 @@ def prompts_PT(heldout_tokens: _Tokens) -> _Tokens:
 def expected(toy_folder: Path, prompts_PT: _Tokens) -> GeneratedTexts:
     """Stock transformers, without a cache."""
     stock = AutoModelForCausalLM.from_pretrained(toy_folder, dtype=torch.float32)
-    texts = {"greedy_PN": torch.from_numpy(prompts_PT), "sampled_PN": torch.from_numpy(prompts_PT)}
+    texts = {way: torch.from_numpy(prompts_PT) for way in ("greedy_PN", "sampled_PN", "example_PN")}
     with torch.no_grad():
         for place in range(NEW_TOKENS):
             for way, text_PT in texts.items():
                 logits_PV = stock(text_PT, use_cache=False).logits[:, -1]
-                sampled = [drawn_token(logits_V.numpy(), (prompt, place)) for prompt, logits_V in enumerate(logits_PV)]
-                next_P = logits_PV.argmax(-1) if way == "greedy_PN" else torch.tensor(sampled)
-                texts[way] = torch.cat([text_PT, next_P[:, None]], dim=1)
-    return GeneratedTexts(**{way: text_PT[:, prompts_PT.shape[1] :].numpy() for way, text_PT in texts.items()})
+                waits_PV = torch.stack([_waits(prompt, place, logits_PV.shape[1]) for prompt in range(len(logits_PV))])
+                if way != "greedy_PN":
+                    logits_PV = (logits_PV / (0.5 if way == "example_PN" else 1)).double() - waits_PV.log()
+                texts[way] = torch.cat([text_PT, logits_PV.argmax(-1)[:, None]], dim=1)
+    new = {way: text_PT[:, prompts_PT.shape[1] :].numpy() for way, text_PT in texts.items()}
+    return GeneratedTexts(new["greedy_PN"], new["sampled_PN"], new["example_PN"][2])
+
+
+def _waits(prompt: int, place: int, vocab_size: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng([prompt, place]).standard_exponential(vocab_size))
 
 
 def _assert_equal(texts: GeneratedTexts, expected: GeneratedTexts) -> None:
     np.testing.assert_array_equal(texts.greedy_PN, expected.greedy_PN)
     np.testing.assert_array_equal(texts.sampled_PN, expected.sampled_PN)
+    np.testing.assert_array_equal(texts.example_N, expected.example_N)
 
 
 def test_the_teacher_s_texts_are_those_of_stock_transformers(
     toy_folder: Path, prompts_PT: _Tokens, expected: GeneratedTexts, tmp_path: Path
 ) -> None:
-    """All six texts together, and a few at a time."""
+    """All seven texts together, and a few at a time."""
     teacher = Student.teacher(open_source(toy_folder))
     done: list[int] = []
     alone, effort = streamed_texts(StreamedModel(teacher), prompts_PT, done.append)
     _assert_equal(alone, expected)
     assert effort == Effort(passes=NEW_TOKENS, drafted=0, accepted=0)
-    assert sum(done) == 2 * expected.greedy_PN.size
+    assert sum(done) == 2 * expected.greedy_PN.size + NEW_TOKENS
     model = StreamedModel(teacher, limit=MemoryLimit(10**12, tmp_path))
     room = iter([False, False, *[True] * 10])
     model.reserve = lambda n_bytes: next(room)  # type: ignore[method-assign]
     in_parts, effort = streamed_texts(model, prompts_PT, done.append)
     _assert_equal(in_parts, expected)
-    assert effort.passes == 3 * NEW_TOKENS
+    assert effort.passes == 4 * NEW_TOKENS
     assert (expected.greedy_PN != expected.sampled_PN).any()
     assert len({tuple(text) for text in expected.sampled_PN.tolist()}) == len(prompts_PT)
 
@@ -239,7 +245,7 @@ def test_a_coarse_file_drafts_the_teacher_s_texts(
         path = tmp_path / "onnx"
         write_onnx(teacher, "Q4_0", path, threads=1)
     n_tokens = prompts_PT.shape[1] + NEW_TOKENS
-    with Drafter(artifact, path, n_texts=2 * len(prompts_PT), n_tokens=n_tokens, threads=1) as drafter:
+    with Drafter(artifact, path, n_texts=2 * len(prompts_PT) + 1, n_tokens=n_tokens, threads=1) as drafter:
         draft = drafts_of(drafter, *prompts_PT.shape)
         texts, effort = streamed_texts(StreamedModel(teacher), prompts_PT, lambda _: None, draft)
         assert drafter.error is None

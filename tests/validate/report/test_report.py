@@ -285,8 +285,7 @@ def _generation(loop_rate: float) -> dict[str, Any]:
                "longest_repeat_max": 41}  # fmt: skip
     return {"prompts": 24, "prompt_tokens": 32, "new_tokens": 64, "greedy": figures,
             "sampled": figures | {"loop_rate": 0.0},
-            "example": {"prompt": " The sea\nwas", "greedy": " calm, and <calm>", "greedy_loops": loop_rate > 0.1,
-                        "sampled": " grey"}}  # fmt: skip
+            "example": {"prompt": " The sea\nwas", "temperature": 0.5, "text": " calm, and <calm>"}}  # fmt: skip
 
 
 def _cloze(accuracy: float) -> dict[str, Any]:

@@ -86,26 +86,20 @@ def test_outputs_of_several_folders_stand_side_by_side(report: dict[str, Any]) -
     assert "output" in _shown(budgets)[2], "a row for each file"
 
 
-def test_the_text_is_greedy_unless_that_loops(report: dict[str, Any]) -> None:
-    for row in _writers(report):
-        row["generation"]["example"]["greedy_loops"] = False
+def test_one_text_is_shown_with_how_it_was_drawn(report: dict[str, Any]) -> None:
     text = continuation({"": report})
-    assert text is not None and not text.drawn
+    assert text is not None
     assert text.texts == dict.fromkeys(("original", "GGUF", "ONNX"), " calm, and <calm>")
-    report["validation"][-1]["generation"]["example"]["greedy_loops"] = True
-    text = continuation({"": report})
-    assert text is not None and text.drawn, "all are drawn, so that they can be compared"
-    assert set(text.texts.values()) == {" grey"}
     lines = " ".join(_shown({"": report}))
-    assert "tokens drawn with the same random numbers for each" in " ".join(lines.split())
+    assert "tokens drawn with the same random numbers for each, at temperature 0.5" in " ".join(lines.split())
     assert "prompt     The sea was" in lines
     page = render_html(report)
-    assert "<dt>ONNX</dt><dd>grey</dd>" in page
+    assert "<dt>ONNX</dt><dd>calm, and &lt;calm&gt;</dd>" in page
 
 
 def test_a_text_commands_no_terminal(report: dict[str, Any]) -> None:
     for row in _writers(report):
-        row["generation"]["example"] |= {"greedy_loops": False, "greedy": "a\x1b[2Jb\x07[bold]c"}
+        row["generation"]["example"] |= {"text": "a\x1b[2Jb\x07[bold]c"}
     lines = "\n".join(_shown({"": report}))
     assert "a [2Jb [bold]c" in lines
 
@@ -118,7 +112,7 @@ def test_models_that_wrote_nothing_or_after_other_prompts_show_no_text(report: d
     del _writers(other)[-1]["generation"]["example"]
     text = continuation({"": other})
     assert text is not None and list(text.texts) == ["original", "GGUF"]
-    del _writers(other)[0]["generation"]["example"]  # a report of an earlier version
+    del _writers(other)[0]["generation"]["example"]["text"]  # a report of an earlier version
     assert continuation({"": other}) is None
 
 

@@ -1,11 +1,11 @@
 """Routed experts of which some stand on shared bases: each is a base plus a low-rank adapter of its own.
 
-No expert is multiplied out. A base multiplies the tokens that chose any of its experts, once each (small bases multiply
-all); the experts add
-their adapters' products (:mod:`exporter.writing.onnx.blocks.adapted_experts`). What leaves their neurons is added up by
-weight, because the last product is linear: the base multiplies the sum, once a token. Experts with matrices of their
-own go through ONNX Runtime's operator as usual; QMoE skips those whose weight is 0 (``moe_quantization_cpu.cc`` in
-1.31). So the cost depends on bases and chosen experts, never on the number of experts.
+No expert is multiplied out. A base multiplies the tokens that chose any of its experts, once each; small bases multiply
+all tokens, joined in one product (:mod:`exporter.writing.onnx.blocks.uses`). The experts add their adapters' products
+(:mod:`exporter.writing.onnx.blocks.adapted_experts`). What leaves their neurons is added up by weight, because the last
+product is linear: the base multiplies the sum, once a token. Experts with matrices of their own go through ONNX
+Runtime's operator as usual; QMoE skips those whose weight is 0 (``moe_quantization_cpu.cc`` in 1.31). So the cost
+depends on bases and chosen experts, never on the number of experts.
 
 Letters: G groups of experts with a base in common, U uses: pairs of a group and a token that chose any of its experts.
 """
@@ -19,21 +19,14 @@ from compressors.model.description.feed_forward import Routed
 from compressors.model.description.roles import Role
 from compressors.model.description.shared_bases import SharedBases
 from compressors.model.files.onnx_names import EXPERTS_SUM, OWN_EXPERTS, WEIGHTS_OF_ALL
-from exporter.writing.onnx.blocks.adapted_experts import (
-    Group,
-    Uses,
-    add_adapted_experts,
-    add_zeros,
-    cut_by_group,
-    membership_of,
-)
+from compressors.model.sources.onnx_weights import joins_bases
+from exporter.writing.onnx.blocks.adapted_experts import add_adapted_experts
 from exporter.writing.onnx.blocks.operators import add_experts
+from exporter.writing.onnx.blocks.uses import Group, JoinedUses, SeparateUses, add_zeros, cut_by_group, membership_of
 from exporter.writing.onnx.routing import OperatorRouting, add_masked_routing
 from exporter.writing.onnx.weights import LayerNodes
 
 __all__ = ["add_experts_on_bases"]
-
-_SMALL_VALUES = 1 << 19  # of a layer's bases; a step of the demo model takes a twentieth less time
 
 
 def add_experts_on_bases(layer: LayerNodes, routed: Routed, logits: str, normed: str, output: str) -> str:
@@ -86,7 +79,7 @@ class _OnBases:
         self._layer = layer
         self._graph = layer.graph
         self._routed = routed
-        self._replaced = bases.replaced
+        self._bases = bases
         numbers = [base for base in (*range(bases.n_bases), SharedBases.ZERO) if bases.members(base)]
         self._groups = [
             Group(base, tuple(bases.replaced.index(expert) for expert in bases.members(base))) for base in numbers
@@ -101,32 +94,35 @@ class _OnBases:
             weights: those of all experts, [T, E].
             own: the outputs of experts with matrices of their own.
         """
-        graph, name = self._graph, self._name
-        replaced = graph.constant("bases.replaced", self._replaced)
-        of_experts = graph.node("Gather", [weights, replaced], f"{name}.weights", axis=1)
-        uses = self._all_uses(states) if self._are_small else self._chosen_uses(states, of_experts)
-        *hidden, total = add_adapted_experts(self._layer, self._routed, self._groups, (states, of_experts, own), uses)
+        add = self._add_joined if joins_bases(self._layer.spec) else self._add_separate
+        return add(states, weights, own)
+
+    def _add_joined(self, states: str, weights: str, own: str) -> str:
+        """All bases multiply all tokens."""
+        layer, role = self._layer, self._routed.input_roles[0]
+        products = None
+        if self._bases.n_bases:
+            products = layer.weights.product_of_joined_bases(role, layer.index, states, f"{self._name}.inputs")
+        uses = JoinedUses(self._graph, self._routed, self._groups, products)
+        *neurons, adapted = add_adapted_experts(layer, self._routed, states, weights, uses)
         downs = [
-            None if group.base == SharedBases.ZERO else self._product(Role.EXPERT_DOWN, group, of_group, of_group)
-            for group, of_group in zip(self._groups, hidden, strict=True)
+            layer.weights.product_of_joined_bases(Role.EXPERT_DOWN, layer.index, of_all, f"{self._name}.outputs")
+            for of_all in neurons
         ]
-        if uses.rows is None:
-            return graph.node("Sum", [total, *filter(None, downs)], f"{name}.sum")
-        for down, places in zip(downs, uses.rows, strict=True):
-            if down is not None:
-                total = graph.node("ScatterND", [total, places, down], f"{down}.sum", reduction="add")
+        return self._graph.node("Sum", [own, adapted, *downs], f"{self._name}.sum")
+
+    def _add_separate(self, states: str, weights: str, own: str) -> str:
+        """Each base multiplies the tokens that chose any of its experts."""
+        uses = self._separate_uses(states, weights)
+        *neurons, adapted = add_adapted_experts(self._layer, self._routed, states, weights, uses)
+        total = self._graph.node("Add", [own, adapted], f"{self._name}.sum")
+        for group, of_group, places in zip(self._groups, neurons, uses.places, strict=True):
+            if group.base != SharedBases.ZERO:
+                down = self._product(Role.EXPERT_DOWN, group, of_group, of_group)
+                total = self._graph.node("ScatterND", [total, places, down], f"{down}.sum", reduction="add")
         return total
 
-    @property
-    def _are_small(self) -> bool:
-        """True if every base multiplies every token, because to find the tokens of each would take longer."""
-        return len(self._groups) * self._routed.input_rows * self._layer.spec.expert_size <= _SMALL_VALUES
-
-    def _all_uses(self, states: str) -> Uses:
-        """Each base's products with all tokens."""
-        return Uses([self._products(group, states, f"{self._name}.{group.base}") for group in self._groups])
-
-    def _chosen_uses(self, states: str, weights: str) -> Uses:
+    def _separate_uses(self, states: str, weights: str) -> SeparateUses:
         """Each base's products with the tokens that chose any of its experts."""
         graph, name = self._graph, self._name
         tokens, counts = self._tokens(weights)
@@ -134,13 +130,16 @@ class _OnBases:
         column = graph.node("Reshape", [tokens, graph.constant("shape.column", [-1, 1])], f"{name}.column")
         by_group = zip(self._groups, cut_by_group(graph, inputs, self._groups, counts), strict=True)
         products = [self._products(group, of_group, of_group) for group, of_group in by_group]
-        return Uses(products, cut_by_group(graph, column, self._groups, counts), counts)
+        places = cut_by_group(graph, column, self._groups, counts)
+        return SeparateUses(graph, self._routed, self._groups, products, places, counts)
 
     def _tokens(self, weights: str) -> tuple[str, str]:
         """The tokens of all uses, group by group, [U], and how many each group has, [G]."""
         graph, name = self._graph, self._name
-        membership = graph.constant("bases.membership", membership_of(self._groups), np.float32)
-        of_groups = graph.node("MatMul", [weights, membership], f"{name}.of_groups")
+        membership = np.zeros((len(self._bases.base_of), len(self._groups)))
+        membership[list(self._bases.replaced)] = membership_of(self._groups)
+        in_groups = graph.constant("bases.membership", membership, np.float32)
+        of_groups = graph.node("MatMul", [weights, in_groups], f"{name}.of_groups")
         by_group = graph.node("Transpose", [of_groups], f"{name}.by_group", perm=[1, 0])
         uses = graph.node("Greater", [by_group, graph.constant("bases.nothing", 0, np.float32)], f"{name}.uses")
         ones = graph.node("Cast", [uses], f"{name}.ones", to=onnx.TensorProto.INT64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,9 @@ import torch
 from compressors.model.description.roles import Role
 from compressors.model.description.shared_bases import SharedBases
 from compressors.model.errors import InputError
+from compressors.model.sources import onnx_weights
 from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import Student
-from exporter.writing.onnx.blocks import shared_bases
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.encodings import onnx_units
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, plan_tensors
@@ -59,32 +59,32 @@ class _Written:
 
 
 _CASES = (
-    ("two bases", "F32", "chosen tokens"),
-    ("two bases", "Q4_0", "all tokens"),
-    ("a base and none", "Q4_0", "chosen tokens"),
-    ("few", "F32", "all tokens"),
-    ("no base at all", "Q4_0", "all tokens"),
+    ("two bases", "F32", "separate"),
+    ("two bases", "Q4_0", "joined"),
+    ("a base and none", "Q4_0", "separate"),
+    ("a base and none", "F32", "joined"),
+    ("few", "F32", "joined"),
+    ("no base at all", "Q4_0", "joined"),
 )
-"""The student, the preset, and the tokens that bases multiply, on which their size decides."""
+"""The student, the preset, and whether all bases multiply all tokens, on which their size decides."""
 
 
 @pytest.fixture(scope="module", params=_CASES, ids="-".join)
 def written(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]
-) -> _Written:
+) -> Iterator[_Written]:
     """Two layers, in float32, and at 4 bits with products of float32 inputs."""
-    name, preset, tokens = request.param
+    name, preset, bases = request.param
     model, base_of, rank = _STANDS[name]
     folder = tmp_path_factory.mktemp("bases")
     student = student_on_bases(toy_checkpoint(folder, n_layers=2, model=model), base_of, rank)
     encodings = _encodings(student, preset)
     with pytest.MonkeyPatch.context() as patches:
-        if tokens == "chosen tokens":
-            patches.setattr(shared_bases, "_SMALL_VALUES", 0)
+        patches.setattr(onnx_weights, "_JOINED_VALUES", 0 if bases == "separate" else 1 << 30)
         write_onnx(student, preset, folder / "onnx", encodings=encodings, inputs="float32", threads=1)
         predicted = predict_size(student.spec, preset, encodings)
-    held = student.as_written(OnnxWeights(folder / "onnx", student.spec))
-    return _Written(student, folder / "onnx", held, preset, predicted)
+        held = student.as_written(OnnxWeights(folder / "onnx", student.spec))
+        yield _Written(student, folder / "onnx", held, preset, predicted)
 
 
 def _encodings(student: Student, preset: str) -> dict[str, str]:
