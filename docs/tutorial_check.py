@@ -22,7 +22,7 @@ __all__ = ["Step", "difference", "steps"]
 
 _PAGE = Path(__file__).parent / "tutorial.md"
 _REPOSITORY = Path(__file__).parent.parent
-_BLOCK = re.compile(r"^```\n\$ (?P<command>.+)\n(?P<printed>(?:.*\n)*?)```$", re.MULTILINE)
+_BLOCK = re.compile(r"^```\n\$ (?P<command>(?:.+\\\n)*.+)\n(?P<printed>(?:.*\n)*?)```$", re.MULTILINE)
 WIDTH = "100"
 """Columns of the terminal that the page shows."""
 
@@ -45,7 +45,7 @@ class Step:
 def steps() -> Iterator[Step]:
     """Yields the commands of the page in order."""
     for block in _BLOCK.finditer(_PAGE.read_text(encoding="utf-8")):
-        yield Step(block["command"], block["printed"])
+        yield Step(block["command"].replace("\\\n", ""), block["printed"])
 
 
 def difference(step: Step, run: Callable[[Sequence[str]], str]) -> str | None:
