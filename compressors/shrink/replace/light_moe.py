@@ -1,4 +1,4 @@
-"""LightMoE: experts of little importance become a base for each group, plus an adapter for each expert."""
+"""LightMoE: experts of little contribution become a base for each group, plus an adapter for each expert."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compressors.shrink.decompose.svd import expert_moments, truncate
 from compressors.shrink.merge.alignment import match_weights_and_activations
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, Routes, SharedParts
 from compressors.shrink.replace.grouping import by_number, by_similarity
-from compressors.shrink.replace.selection import contributions, importances
+from compressors.shrink.replace.selection import contributions
 
 __all__ = ["LightMoE"]
 
@@ -25,8 +25,8 @@ class LightMoE:
     """Replaces experts: Hao et al., "LightMoE" (arXiv 2603.12645), whose formulas are not public.
 
     Published is the form: experts are grouped, each group shares a base, and each expert keeps an adapter (rank 16).
-    Ours is the rest. The experts of least importance are replaced (:func:`importances`), and grouped by what router and
-    outputs say of them. A base is the mean of its group, weighted by contribution, after each member's neurons were
+    Ours is the rest. The experts of least contribution are replaced (:func:`contributions`), and grouped by what router
+    and outputs say of them. A base is the mean of its group, weighted by contribution, after each member's neurons were
     put in the order of the member that contributes most. Gate, up and down then get an adapter each: the best of its
     rank for the difference from the base, judged by the outputs on the expert's own sample tokens
     (:func:`~compressors.shrink.decompose.svd.truncate`). At full rank every expert is the original, with its neurons in
@@ -51,7 +51,7 @@ class LightMoE:
     needs: ClassVar[Needs] = Needs.INPUTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
-        """Replaces experts of a block; of equal importances the lower index is replaced first."""
+        """Replaces experts of a block; of equal contributions the lower index is replaced first."""
         check_rank(self.rank, block)
         if not 2 * self.n_bases <= self.n_replaced <= block.n_experts or self.n_bases < 1:
             raise InputError(
@@ -59,7 +59,7 @@ class LightMoE:
                 "two experts for each base"
             )
         shares_E = contributions(evidence.statistics)
-        order = importances(evidence.statistics).argsort(stable=True) if self.selects else torch.arange(block.n_experts)
+        order = shares_E.argsort(stable=True) if self.selects else torch.arange(block.n_experts)
         chosen = sorted(order[: self.n_replaced].tolist())
         if self.groups:
             groups = by_similarity(block, evidence, chosen, self.n_bases)
