@@ -25,7 +25,7 @@ from compressors.model.files.onnx_names import (
     JOINED,
     LOGIT_CAP,
     LOGITS,
-    NONE_CHOSEN,
+    NOT_CHOSEN,
     RESIDUAL_FACTOR,
     ROUTER_FACTOR,
     ROUTING,
@@ -67,8 +67,6 @@ _ROUTING: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "LogSoftmax": {"axis": (-1, None)},
 }
 """Attributes of the nodes with which our graphs route where the MoE operators cannot, by operator."""
-_NOT_CHOSEN = -1e4
-"""The logit of experts that a token did not choose."""
 _FILLED = {"shut": -math.inf, "open": 0.0}
 """The numbers that fill such nodes' values, by the end of the values' names."""
 
@@ -177,8 +175,6 @@ def _of_state(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
 
 
 def _of_our_routing(node: onnx.NodeProto) -> AllowedValues:
-    if node.op_type == "ConstantOfShape" and node.output[0].startswith(NONE_CHOSEN):
-        return {"value": (_NOT_CHOSEN,)}
     _, routing, name = node.output[0].partition(f".{ROUTING}.")
     if not routing:
         return {}
@@ -322,6 +318,7 @@ def _constants_of_routing(layer: LayerSpec) -> dict[str, Any]:
         "shape.groups": [0, 0, routing.n_groups, n_experts // routing.n_groups],
         "axis.last": [-1],
         "routing.scale": routing.scale,
+        "routing.not_chosen": NOT_CHOSEN,
         "routing.epsilon": routing.epsilon,
         "routing.least_sum": routing.least_sum,
     }

@@ -22,8 +22,8 @@ __all__ = [
     "LOGIT_CAP",
     "MATRIX",
     "MODEL_FILE",
-    "NONE_CHOSEN",
     "NORM_SCALES",
+    "NOT_CHOSEN",
     "OWN_EXPERTS",
     "RELU_ALPHA",
     "RESIDUAL_FACTOR",
@@ -76,8 +76,8 @@ RELU_ALPHA = 1e6
 """The factor inside of a sigmoid that makes it 0 below zero and 1 above, so that x sigmoid(alpha x) is ReLU."""
 ROUTING = "routing"
 """Begins, behind the layer, the names of values that route where the MoE operators cannot."""
-NONE_CHOSEN = "routing.none_of_"
-"""Begins the name of logits of which none is chosen; the number of experts ends it."""
+NOT_CHOSEN = -1e4
+"""The logit that such nodes give experts that a token did not choose: below all others, so that its weight is 0."""
 IN_FLOAT32 = ".float32"
 """Appended to the name of scales, for their values in the type of the activations."""
 NORM_SCALES = ".scales_of_norm"

@@ -9,19 +9,17 @@ weights do not add up to 1, its output is multiplied by their sum.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import onnx
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.routing import Routing, Score
-from compressors.model.files.onnx_names import NONE_CHOSEN, ROUTING
+from compressors.model.files.onnx_names import NOT_CHOSEN, ROUTING
 from exporter.writing.onnx.builder import GraphBuilder
 
 __all__ = ["OperatorRouting", "add_masked_routing", "add_routing"]
 
-_NOT_CHOSEN = -1e4
 _ONLY_A_GUARD = 1e-12  # an epsilon up to this only avoids 0 / 0, which does not occur after a softmax
 
 
@@ -113,7 +111,8 @@ class _Masked:
             of_chosen = graph.node(
                 "GatherElements", [self._log_scores(logits), experts], f"{name}.log_weights", axis=-1
             )
-        others = graph.once(f"{NONE_CHOSEN}{self._routed.n_experts}", partial(self._filled, logits, _NOT_CHOSEN))
+        not_chosen = graph.constant("routing.not_chosen", NOT_CHOSEN, np.float32)
+        others = graph.node("Min", [logits, not_chosen], f"{name}.not_chosen")
         masked = graph.node("ScatterElements", [others, experts, of_chosen], f"{name}.masked", axis=-1)
         rows = _rows(graph, self._routed, masked, self._prefix)
         return OperatorRouting(rows, normalizes=True, factor=self._factor(of_chosen))
