@@ -42,8 +42,8 @@ from validate.runtimes.backend import scored_positions
 from validate.runtimes.onnx import OnnxRuntimeBackend
 
 _EXACT = 2e-4
-"""Of logits whose standard deviation is about 1.5. Most families stay below 1e-6; gated delta layers carry the rounding of
-a token on to the next ones, to 1e-4 on some processors."""
+"""Of logits whose standard deviation is about 1.5. Most families stay below 1e-6; gated delta layers carry a token's
+rounding on to the next ones, to 1e-4 on some processors."""
 _MOST = (0, 2, 3, 5, 6, 7, 1, 4)  # the first experts that students keep
 _WRITTEN = sorted(name for name, row in ROWS.items() if "onnx" in row.formats)
 

@@ -67,7 +67,7 @@ def test_a_link_to_a_gguf_file_keeps_its_name(tmp_path: Path) -> None:
 
 
 def test_an_original_that_is_gone_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gone, which these files were made from, is not here; name it with --against"):
+    with pytest.raises(InputError, match=r"gone, which these files were made from, is not here; .* --against"):
         resolve_original(None, {"model": str(tmp_path / "gone"), "revision": None})
     assert resolve_original(str(tmp_path), {"model": str(tmp_path / "gone"), "revision": None}) == tmp_path
 
