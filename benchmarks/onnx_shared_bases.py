@@ -228,7 +228,8 @@ def _fidelity(student: Student, out: Path) -> Iterator[_Fidelity]:
 
 
 def _written(student: Student, folder: Path, inputs: ProductInputs, encoding: Callable[[Encoding], Encoding]) -> Path:
-    with patch.object(layout, "adapter_encoding", encoding):
+    afresh = layout._planned.__wrapped__  # plans are remembered by what they are asked for, which is the same here
+    with patch.object(layout, "adapter_encoding", encoding), patch.object(layout, "_planned", afresh):
         write_onnx(student, _PRESET, folder / inputs, inputs=inputs, threads=1)
     return folder / inputs
 
