@@ -41,9 +41,7 @@ from validate.routing.agreement import routing_agreement
 from validate.runtimes.backend import scored_positions
 from validate.runtimes.onnx import OnnxRuntimeBackend
 
-_EXACT = 2e-4
-"""Of logits whose standard deviation is about 1.5. Most families stay below 1e-6; gated delta layers carry a token's
-rounding on to the next ones, to 1e-4 on some processors."""
+_EXACT = 1e-4  # of logits whose standard deviation is about 1.5
 _MOST = (0, 2, 3, 5, 6, 7, 1, 4)  # the first experts that students keep
 _WRITTEN = sorted(name for name, row in ROWS.items() if "onnx" in row.formats)
 
@@ -133,7 +131,9 @@ def test_layers_may_differ(folder: Path, blocks_BT: torch.Tensor, tmp_path: Path
     assert graph_setting_symptoms(tmp_path / MODEL_FILE, student.spec) == []
     expected_BTV = logits_of(StreamedModel(student), blocks_BT).view(*blocks_BT.shape, -1)
     found_BTV = Session(tmp_path).feed(blocks_BT.numpy(), np.ones(blocks_BT.shape, np.int64))
-    assert np.abs(found_BTV - expected_BTV.numpy()).max() < _EXACT
+    # recurrent layers carry a token's rounding on to the next ones, to 1.05e-4 in Qwen3-Next on AMD's Zen 4
+    is_recurrent = any(layer.mixer.state_values for layer in student.spec.layers)
+    assert np.abs(found_BTV - expected_BTV.numpy()).max() < (2 * _EXACT if is_recurrent else _EXACT)
 
 
 @torch.no_grad()
