@@ -3,7 +3,10 @@
     python -m benchmarks.scale.checkpoints olmoe|qwen3-30b FOLDER [--layers N] [--sparse]
 
 Weights are normal with the models' own initial standard deviation; routers such that logits have a standard deviation
-of about 1. The tokenizer is the bundled model's, whose token ids exist in every larger vocabulary.
+of about 1. Embeddings are large enough to be found again behind the last layer, and a row of the head resembles the
+embedding of the token before it, some rows more than others. So most tokens have a successor that stands out, as in
+trained models: without that, every second token would be a tie between thousands, which a quantized file decides
+otherwise. The tokenizer is the bundled model's, whose token ids exist in every larger vocabulary.
 """
 
 from __future__ import annotations
@@ -93,6 +96,11 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 _BYTES_PER_VALUE = 2  # bfloat16
 _POOL_VALUES = 67_108_859  # a prime: rows of no length repeat in step with it, and no two tensors start alike
 _POOL_STEP = 7_654_321
+_EMBEDDING_PLACE = 0  # in the pool, as those that tensors have
+_EMBEDDING_SCALE = 100  # of an embedding's values in relation to other weights
+_HEAD_SCALE = 0.5  # of the random part of the head
+_SUCCESSOR_SHARES = (0.0, 0.01)  # of a token's embedding in the head's next row; each row draws one
+_ROWS_OF_A_PIECE = 1024
 _ALIGNMENT = 8  # of the data behind a safetensors header
 
 
@@ -179,7 +187,7 @@ class _Values:
     def __init__(self, hidden_size: int) -> None:
         generator = np.random.default_rng(0)
         self._pool = _bfloat16(generator.standard_normal(_POOL_VALUES, dtype=np.float32) * np.float32(0.02))
-        self._router_scale = hidden_size**-0.5  # the router sees normed values, of mean square 1
+        self._hidden_size = hidden_size
         self._generator = generator
 
     def of(self, tensor: _Tensor) -> Iterator[npt.NDArray[np.uint16]]:
@@ -187,15 +195,40 @@ class _Values:
         n_values = prod(tensor.shape)
         if "norm" in tensor.role.value:
             yield _bfloat16(np.ones(n_values, dtype=np.float32))
-            return
-        if tensor.role is Role.ROUTER:
-            yield _bfloat16(self._generator.standard_normal(n_values, dtype=np.float32) * self._router_scale)
-            return
-        start = tensor.index * _POOL_STEP % _POOL_VALUES
-        while n_values:
-            piece = self._pool[start : start + n_values]
-            yield piece
-            n_values, start = n_values - len(piece), 0
+        elif tensor.role is Role.ROUTER:
+            scale = self._hidden_size**-0.5  # the router sees normed values, of mean square 1
+            yield _bfloat16(self._generator.standard_normal(n_values, dtype=np.float32) * scale)
+        elif tensor.role is Role.TOKEN_EMBEDDING:
+            for rows in _pieces(tensor.shape[0]):
+                yield _bfloat16(self._embeddings(rows))
+        elif tensor.role is Role.HEAD:
+            shares_V1 = np.random.default_rng(1).uniform(*_SUCCESSOR_SHARES, (tensor.shape[0], 1)).astype(np.float32)
+            for rows in _pieces(tensor.shape[0]):
+                before_nD = self._embeddings(range(rows.start - 1, rows.stop - 1))
+                yield _bfloat16(
+                    _HEAD_SCALE * self._rows(tensor.index, rows) + shares_V1[rows.start : rows.stop] * before_nD
+                )
+        else:
+            start = tensor.index * _POOL_STEP % _POOL_VALUES
+            while n_values:
+                piece = self._pool[start : start + n_values]
+                yield piece
+                n_values, start = n_values - len(piece), 0
+
+    def _embeddings(self, tokens: range) -> npt.NDArray[np.float32]:
+        """The embeddings of these tokens, [n, D]."""
+        return _EMBEDDING_SCALE * self._rows(_EMBEDDING_PLACE, tokens)
+
+    def _rows(self, place: int, rows: range) -> npt.NDArray[np.float32]:
+        """Rows of a matrix that begins at a place of the pool, [n, D]."""
+        values = place * _POOL_STEP + np.arange(rows.start * self._hidden_size, rows.stop * self._hidden_size)
+        bits = self._pool[values % _POOL_VALUES].astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(len(rows), self._hidden_size)
+
+
+def _pieces(n_rows: int) -> Iterator[range]:
+    for start in range(0, n_rows, _ROWS_OF_A_PIECE):
+        yield range(start, min(start + _ROWS_OF_A_PIECE, n_rows))
 
 
 def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

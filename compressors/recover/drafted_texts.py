@@ -10,14 +10,14 @@ For that a position's logits must not depend on its company. A drafted position 
 number of cached keys in every call, and products take at least 16 rows, in multiples of 16: from there on the rows of
 a product do not depend on each other in the libraries that were measured (MKL; ``benchmarks/texts.py``).
 
-Letters: P positions of a prompt, N new tokens, n rows, each one position of a text.
+Letters: L different prompts of P positions, N new tokens, n rows, each one position of a text.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -27,7 +27,7 @@ from compressors.model.running.experts import ROWS_OF_A_PRODUCT, padded_products
 from compressors.model.running.masks import SinglePositions
 from compressors.model.running.memory import blocks_at_once, rows_at_once
 from compressors.model.running.streaming import StreamedModel, position_chunks
-from compressors.recover.text_cache import TextCache
+from compressors.recover.text_cache import TextCache, cache_bytes
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -53,11 +53,6 @@ class Effort:
     passes: int  # times that the model was read
     drafted: int  # tokens that were drafted
     accepted: int  # drafted tokens that were right, with all before them
-
-    @classmethod
-    def of_all(cls, efforts: Sequence[Effort]) -> Effort:
-        """The effort of texts that were written in parts, one part after the other."""
-        return cls(*(sum(values) for values in zip(*map(astuple, efforts), strict=True)))
 
 
 @dataclass
@@ -96,10 +91,11 @@ def write_texts(
 
     The texts do not depend on the drafts; without drafts a pass gives one token of each text.
 
+    Keys and values of layers that the model's memory limit has no room for lie on the disk while other layers run.
+
     Args:
-        model: the model that writes. Its memory limit must have room for the keys and values
-            (:func:`~compressors.recover.sampling.cache_bytes`).
-        prompts_BP: int64 token ids.
+        model: the model that writes.
+        prompts_BP: int64 token ids. Equal ones are run once.
         n_new: N.
         choose: picks the next tokens. It must depend on nothing but its arguments.
         draft: guesses how texts go on.
@@ -126,6 +122,14 @@ def write_texts(
         growing = [text for text in growing if len(text.tokens) < n_tokens]
         progress(sum(len(text.tokens) for text in texts) - n_before)
     return torch.tensor([text.tokens for text in texts]), Effort(passes, lengths.drafted, lengths.accepted)
+
+
+def _cache(model: StreamedModel, n_texts: int, n_tokens: int, dtype: torch.dtype) -> TextCache:
+    """A cache with the keys and values of as many layers in memory as its limit has room for."""
+    choices = range(model.spec.n_layers, -1, -1)
+    sizes = [cache_bytes(model.spec, n_texts, n_tokens, dtype, n_in_memory) for n_in_memory in choices]
+    fitting = model.reserve(sizes)
+    return TextCache(n_texts, n_tokens, model.spill, 0 if fitting is None else choices[sizes.index(fitting)])
 
 
 class _DraftLengths:
@@ -167,7 +171,11 @@ class _Writing:
         self._n_tokens = prompts_BP.shape[1] + n_new
         self._choose = choose
         self._dtype = dtype
-        self._cache = TextCache(len(prompts_BP), self._n_tokens)
+        self._cache = _cache(model, len(prompts_BP), self._n_tokens, dtype)
+        # the different prompts, the one of each text, and a text of each
+        self._different_LP, self._prompt_of_B = prompts_BP.unique(dim=0, return_inverse=True)
+        prompts = range(len(self._different_LP))
+        self._text_of_L = torch.stack([(self._prompt_of_B == prompt).nonzero()[0, 0] for prompt in prompts])
         self._rows_at_once = rows_at_once(model.spec, self._n_tokens)
         self._is_recurrent = any(layer.mixer.state_values for layer in model.spec.layers)
 
@@ -181,10 +189,10 @@ class _Writing:
         is_first = not texts[0].n_cached
         for text in texts:
             text.n_cached = len(text.tokens) if is_first else text.n_cached
-        prompts_BPD, states_nD = self._through_layers(_Rows.of(texts), with_prompts=is_first)
+        prompts_LPD, states_nD = self._through_layers(_Rows.of(texts), with_prompts=is_first)
         judged = []
         for text, part in zip(texts, states_nD.split([len(text.rows) for text in texts]), strict=True):
-            before = [] if prompts_BPD is None else [prompts_BPD[text.number, -1:]]
+            before = [] if prompts_LPD is None else [prompts_LPD[self._prompt_of_B[text.number], -1:]]
             judged.append(torch.cat([*before, part])[-len(text.draft) - 1 :])
             # a state cannot go back to the last right token, so it stays behind the tokens that are known already
             text.n_cached = len(text.tokens)
@@ -195,34 +203,36 @@ class _Writing:
         text.n_cached += 0 if self._is_recurrent else n_right
 
     def _through_layers(self, rows: _Rows, *, with_prompts: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Hidden states after the last layer: of the prompts, if they are run, [B, P, D], and of the rows, [n, D]."""
+        """Hidden states after the last layer: of the prompts, if they are run, [L, P, D], and of the rows, [n, D]."""
         model = self._model
-        prompts_BPD = model.embed(self._prompts_BP).to(self._dtype) if with_prompts else None
+        prompts_LPD = model.embed(self._different_LP).to(self._dtype) if with_prompts else None
         states_nD = self._embedded(rows.tokens_n)
         for index, weights in model.weights(range(model.spec.n_layers)):
             described = model.spec.layers[index]
             with model.layer(index, weights, self._dtype) as layer:
                 experts = None if described.routed is None else layer.get_submodule(described.routed.experts_module)
                 with padded_products(experts):
-                    if prompts_BPD is not None:
-                        self._run_prompts(layer, prompts_BPD)
+                    if prompts_LPD is not None:
+                        self._run_prompts(index, layer, prompts_LPD)
                     for wave_n in rows.waves(one_by_one=described.mixer.state_values > 0):
                         self._run_rows(layer, rows, states_nD, wave_n)
-            self._cache.forget()
-        return prompts_BPD, states_nD
+            self._cache.leave(index)
+        return prompts_LPD, states_nD
 
     def _embedded(self, tokens_n: torch.Tensor) -> torch.Tensor:
         if not len(tokens_n):
             return torch.empty(0, self._model.spec.hidden_size, dtype=self._dtype)
         return self._model.embed(tokens_n).to(self._dtype)
 
-    def _run_prompts(self, layer: nn.Module, prompts_BPD: torch.Tensor) -> None:
-        """Takes the prompts through a layer, in place."""
-        n_texts = blocks_at_once(self._dtype)
-        for start in range(0, len(prompts_BPD), n_texts):
-            texts = slice(start, start + n_texts)
-            states = prompts_BPD[texts].to(self._model.device)
-            prompts_BPD[texts] = self._model.run_layer(layer, states, 0, self._cache.of(texts, 0)).to("cpu")
+    def _run_prompts(self, index: int, layer: nn.Module, prompts_LPD: torch.Tensor) -> None:
+        """Takes the different prompts through a layer, in place, and gives each text the keys and values of its own."""
+        n_prompts = blocks_at_once(self._dtype)
+        for start in range(0, len(prompts_LPD), n_prompts):
+            prompts = slice(start, start + n_prompts)
+            states = prompts_LPD[prompts].to(self._model.device)
+            cache = self._cache.of(self._text_of_L[prompts], 0)
+            prompts_LPD[prompts] = self._model.run_layer(layer, states, 0, cache).to("cpu")
+        self._cache.repeat(index, self._text_of_L[self._prompt_of_B])
 
     def _run_rows(self, layer: nn.Module, rows: _Rows, states_nD: torch.Tensor, wave_n: torch.Tensor) -> None:
         """Takes rows through a layer, in place, and settles the states of texts whose known tokens end there."""

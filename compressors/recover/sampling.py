@@ -10,24 +10,16 @@ from collections.abc import Callable
 
 import torch
 
-from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.predictions.next_token import draw_tokens
 from compressors.model.running.memory import blocks_at_once
 from compressors.model.running.streaming import StreamedModel, position_chunks
-from compressors.recover.text_cache import TextCache
+from compressors.recover.text_cache import TextCache, cache_bytes
 
-__all__ = ["Choose", "cache_bytes", "continue_texts", "sample_texts"]
+__all__ = ["Choose", "continue_texts", "sample_texts"]
 
 Choose = Callable[[torch.Tensor, slice, int], torch.Tensor]
 """(logits [b, V], the texts that they belong to, n) -> the n-th new token of each, int64 [b]."""
-
-
-def cache_bytes(spec: ModelSpec, n_texts: int, n_tokens: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of the keys and values, or states, of all layers, and of one layer's hidden states."""
-    per_token = sum(layer.mixer.cached_values for layer in spec.layers) + spec.hidden_size
-    states = sum(layer.mixer.state_values for layer in spec.layers)
-    return n_texts * (n_tokens * per_token * dtype.itemsize + states * torch.float32.itemsize)
 
 
 def sample_texts(
@@ -79,7 +71,7 @@ def continue_texts(
     texts_BT = torch.cat([prompts_BP, prompts_BP.new_zeros(len(prompts_BP), n_new)], dim=1)
     n_texts, n_tokens = texts_BT.shape
     n_bytes = cache_bytes(model.spec, n_texts, n_tokens, dtype)
-    if not model.reserve(n_bytes):
+    if model.reserve([n_bytes]) is None:
         raise InputError(
             f"{n_texts} texts that are written together need {n_bytes / 1e9:.2f} GB for their keys and values, which "
             "the memory limit has no room for: take fewer batches in a round, or raise --memory"

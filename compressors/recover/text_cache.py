@@ -1,33 +1,63 @@
-"""Keys, values and states of texts that a streamed model writes."""
+"""Keys, values and states of texts that a streamed model writes.
+
+Letters: B texts, T positions of a text, n rows, each one position of a text, h values of a head.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn import functional
 
+from compressors.model.description.spec import ModelSpec
+from compressors.model.running.hidden_states import HiddenStates
+
 if TYPE_CHECKING:
     from transformers import Cache
 
-__all__ = ["Rows", "TextCache"]
+__all__ = ["Rows", "TextCache", "cache_bytes"]
+
+
+def cache_bytes(
+    spec: ModelSpec, n_texts: int, n_tokens: int, dtype: torch.dtype = torch.float32, n_in_memory: int | None = None
+) -> int:
+    """Bytes of memory for a :class:`TextCache`, with or without files, and for one layer's hidden states."""
+    of_layers = [layer.mixer.cached_values for layer in spec.layers if layer.mixer.cached_values]
+    per_token = spec.hidden_size + sum(of_layers[:n_in_memory])
+    if n_in_memory is not None:
+        per_token += 2 * max(of_layers[n_in_memory:], default=0)  # one runs, and reading it copies it
+    states = sum(layer.mixer.state_values for layer in spec.layers)
+    return n_texts * (n_tokens * per_token * dtype.itemsize + states * torch.float32.itemsize)
 
 
 class TextCache:
-    """Keys and values of all layers, texts and positions, in memory that is taken once for each layer.
+    """Keys and values of all layers, texts and positions, in arrays that are made once for each layer.
 
     For a recurrent layer it holds the states of all texts after the last position. transformers' own caches either copy
     everything for each token, or need a mask over future positions.
+
+    Args:
+        n_texts: B.
+        n_tokens: T.
+        spill: a folder for unnamed files with the keys and values of layers that do not run; None: all lie in memory.
+        n_in_memory: layers whose keys and values stay in memory all the same.
     """
 
-    def __init__(self, n_texts: int, n_tokens: int) -> None:
+    def __init__(self, n_texts: int, n_tokens: int, spill: Path | None = None, n_in_memory: int = 0) -> None:
         self._n_texts = n_texts
         self._n_tokens = n_tokens
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [B, heads, T, values of a head] each
+        self._spill = spill
+        self._n_in_memory = n_in_memory
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [B, heads, T, h] each
+        self._files: dict[int, _LayerFiles] = {}
+        self._new_BT = torch.zeros(n_texts, n_tokens, dtype=torch.bool)  # positions that a layer's file does not have
         self._states: dict[tuple[str, int], torch.Tensor] = {}  # [B, ...] each, by kind and layer
         self._tried: dict[tuple[str, int], torch.Tensor] = {}  # the same of one layer, after rows that may be undone
 
-    def of(self, texts: slice, first_position: int) -> Cache:
+    def of(self, texts: slice | torch.Tensor, first_position: int) -> Cache:
         """A cache for transformers' attention, for some texts whose next positions begin at ``first_position``."""
         return cast("Cache", _Part(self, texts, first_position))
 
@@ -38,14 +68,25 @@ class TextCache:
         """
         return Rows(self, texts_n, positions_n)
 
+    def repeat(self, layer: int, sources_B: torch.Tensor) -> None:
+        """Gives each text of a layer what the text with the number in ``sources_B`` has, which may be itself."""
+        texts_n = (sources_B != torch.arange(self._n_texts)).nonzero()[:, 0]
+        self._new_BT[texts_n] = self._new_BT[sources_B[texts_n]]
+        states = [array for (_, of_layer), array in self._states.items() if of_layer == layer]
+        for array in (*self._layers.get(layer, ()), *states):
+            array[texts_n] = array[sources_B[texts_n]]
+
     def settle(self, texts_n: torch.Tensor) -> None:
-        """Makes the states that rows left the states of these texts; otherwise :meth:`forget` undoes them."""
+        """Makes the states that rows left the states of these texts; otherwise :meth:`leave` undoes them."""
         for key, states in self._tried.items():
             self._states[key][texts_n] = states[texts_n]
 
-    def forget(self) -> None:
+    def leave(self, layer: int) -> None:
         """Drops the states that rows left and that were not settled. Call it after each layer."""
         self._tried.clear()
+        if layer in self._files:
+            self._files[layer].write(self._layers.pop(layer), self._new_BT)
+        self._new_BT[:] = False
 
     def tried_states(self, kind: str, layer: int) -> torch.Tensor:
         """The states of all texts after the last rows, which begin as those that are settled."""
@@ -53,25 +94,71 @@ class TextCache:
             self._tried[kind, layer] = self._states[kind, layer].clone()
         return self._tried[kind, layer]
 
-    def arrays(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's arrays, with room for all texts; their heads are like those of the keys and values given."""
+    def store(
+        self, layer: int, texts: slice | torch.Tensor, positions: slice | torch.Tensor, new: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Puts keys and values of some positions into the layer's arrays, and returns those: [B, heads, T, h] each.
+
+        Args:
+            layer: the layer's number.
+            texts: the texts that they belong to, or the text of each row.
+            positions: the positions of each text, or the one of each row.
+            new: keys and values, [b, heads, t, h] or, of rows, [n, heads, h].
+        """
         if layer not in self._layers:
-            self._layers[layer] = self._room(keys), self._room(values)
+            self._layers[layer] = self._arrays(layer, new)
+        self._new_BT[texts, positions] = True
+        for array, values in zip(self._layers[layer], new, strict=True):
+            array[texts, :, positions] = values
         return self._layers[layer]
 
-    def state(self, kind: str, layer: int, texts: slice) -> torch.Tensor:
+    def _arrays(self, layer: int, new: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's arrays from its files, or new ones with room for all texts and positions."""
+        if layer in self._files:
+            return self._files[layer].read()
+        keys, values = (one.new_zeros(self._n_texts, one.shape[1], self._n_tokens, one.shape[-1]) for one in new)
+        if self._spill is not None and len(self._layers) >= self._n_in_memory:
+            self._files[layer] = _LayerFiles(keys, values, self._spill)
+        return keys, values
+
+    def state(self, kind: str, layer: int, texts: slice | torch.Tensor) -> torch.Tensor:
         """The layer's state of some texts."""
         return self._states[kind, layer][texts]
 
-    def put_state(self, kind: str, layer: int, texts: slice, state: torch.Tensor) -> None:
+    def put_state(self, kind: str, layer: int, texts: slice | torch.Tensor, state: torch.Tensor) -> None:
         """Keeps the layer's state of some texts, with room for all."""
         if (kind, layer) not in self._states:
             self._states[kind, layer] = state.new_empty(self._n_texts, *state.shape[1:])
         self._states[kind, layer][texts] = state
 
-    def _room(self, states_BHth: torch.Tensor) -> torch.Tensor:
-        _, n_heads, _, head_dim = states_BHth.shape
-        return states_BHth.new_zeros(self._n_texts, n_heads, self._n_tokens, head_dim)
+
+class _LayerFiles:
+    """Keys and values of a layer on the disk, a row for each position of each text."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, folder: Path) -> None:
+        self._shapes = keys.shape, values.shape
+        self._rows = [
+            HiddenStates((n_texts * n_tokens, n_heads, head_dim), keys.dtype, folder)
+            for n_texts, n_heads, n_tokens, head_dim in self._shapes
+        ]
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values: [B, heads, T, h] each."""
+        keys, values = (
+            rows.read(slice(0, len(rows))).view(n_texts, n_tokens, n_heads, head_dim).transpose(1, 2).contiguous()
+            for rows, (n_texts, n_heads, n_tokens, head_dim) in zip(self._rows, self._shapes, strict=True)
+        )
+        return keys, values
+
+    def write(self, arrays: tuple[torch.Tensor, torch.Tensor], new_BT: torch.Tensor) -> None:
+        """Writes the keys and values of each text's new positions, and of those between them."""
+        n_tokens = new_BT.shape[1]
+        for text in new_BT.any(1).nonzero()[:, 0].tolist():
+            positions = new_BT[text].nonzero()
+            first, stop = int(positions[0]), int(positions[-1]) + 1
+            for rows, array in zip(self._rows, arrays, strict=True):
+                places = slice(text * n_tokens + first, text * n_tokens + stop)
+                rows.write(places, array[text, :, first:stop].transpose(0, 1))
 
 
 class Rows:
@@ -87,10 +174,9 @@ class Rows:
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, **_others: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores each row's keys and values, [n, heads, 1, head_dim]; returns those of all positions of its text."""
-        arrays = self._cache.arrays(layer, keys, values)
-        for array, new in zip(arrays, (keys, values), strict=True):
-            array[self._texts_n, :, self._positions_n] = new[:, :, 0]
-        return arrays[0][self._texts_n], arrays[1][self._texts_n]
+        new = keys[:, :, 0], values[:, :, 0]
+        all_keys, all_values = self._cache.store(layer, self._texts_n, self._positions_n, new)
+        return all_keys[self._texts_n], all_values[self._texts_n]
 
     def get_conv_state(self, layer: int, **_others: int) -> torch.Tensor:
         """The last positions' inputs of a convolution, which it shifts in place."""
@@ -119,7 +205,7 @@ class Rows:
 
 
 class _Part:
-    def __init__(self, cache: TextCache, texts: slice, first_position: int) -> None:
+    def __init__(self, cache: TextCache, texts: slice | torch.Tensor, first_position: int) -> None:
         self._cache = cache
         self._texts = texts
         self._first_position = first_position
@@ -129,10 +215,9 @@ class _Part:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores keys and values of the next positions, [B, heads, t, head_dim]; returns those of all so far."""
         stop = self._first_position + keys.shape[2]
-        all_keys, all_values = (array[self._texts] for array in self._cache.arrays(layer, keys, values))
-        all_keys[:, :, self._first_position : stop] = keys
-        all_values[:, :, self._first_position : stop] = values
-        return all_keys[:, :, :stop], all_values[:, :, :stop]
+        positions = slice(self._first_position, stop)
+        all_keys, all_values = self._cache.store(layer, self._texts, positions, (keys, values))
+        return all_keys[self._texts, :, :stop], all_values[self._texts, :, :stop]
 
     def get_conv_state(self, layer: int, **_others: int) -> torch.Tensor | None:
         """The last positions' inputs of a convolution, which it shifts in place; None before the first position."""

@@ -30,7 +30,13 @@ from exporter.estimating.needs import (
     taught_bytes,
     tunable_bytes,
 )
-from exporter.estimating.passing import compressing_bytes, gathering_bytes, state_bytes, training_step_bytes
+from exporter.estimating.passing import (
+    compressing_bytes,
+    gathering_bytes,
+    state_bytes,
+    text_bytes,
+    training_step_bytes,
+)
 from exporter.estimating.planned_types import same_numbers
 from exporter.estimating.search_disk import search_lines
 from exporter.estimating.taken_inputs import inputs_beside_file
@@ -191,6 +197,7 @@ def _passing(plan: Plan) -> dict[str, dict[str, int]]:
         "sensitivity": _states(gathering_bytes(plan)),
         "search": search_lines(plan),
         "compress": _states(compressing_bytes(plan)),
+        "teacher_texts": {"keys and values of texts": text_bytes(plan)},
         "validate_torch": measuring,
         "validate_written": measuring,
     }

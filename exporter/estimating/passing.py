@@ -1,15 +1,16 @@
-"""Bytes that parts of a stage put on the disk while they run, if no hidden states fit in memory."""
+"""Bytes that parts of a stage put on the disk while they run, if no hidden states, keys or values fit in memory."""
 
 from __future__ import annotations
 
 from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.running.arithmetic import value_bytes
 from exporter.estimating.estimate import SENSITIVITY_TOKENS
-from exporter.estimating.needs import training_snapshot_bytes
+from exporter.estimating.needs import heldout_blocks, training_snapshot_bytes
 from exporter.planning.compression import changes_experts, runs_text
 from exporter.planning.plan import Plan
+from validate.metrics.generation import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 
-__all__ = ["compressing_bytes", "gathering_bytes", "state_bytes", "training_step_bytes"]
+__all__ = ["compressing_bytes", "gathering_bytes", "state_bytes", "text_bytes", "training_step_bytes"]
 
 
 def state_bytes(plan: Plan, bytes_of_blocks: int) -> int:
@@ -28,6 +29,13 @@ def compressing_bytes(plan: Plan) -> int:
     choice = plan.recipe.compress
     runs = runs_text(choice, plan.teacher_spec) or changes_experts(choice)
     return state_bytes(plan, 2 * plan.recipe.text.calibration_blocks * value_bytes(plan.recipe.arithmetic)) * runs
+
+
+def text_bytes(plan: Plan) -> int:
+    """Keys and values of all layers for the original's texts: two of each prompt, and one for people to read."""
+    n_texts = 2 * min(PROMPTS, heldout_blocks(plan)) + 1
+    values = sum(layer.mixer.cached_values for layer in plan.teacher_spec.layers)
+    return n_texts * (PROMPT_TOKENS + NEW_TOKENS) * values * 4
 
 
 def training_step_bytes(plan: Plan, stage: str) -> int:

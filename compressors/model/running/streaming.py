@@ -8,9 +8,10 @@ at a time (:mod:`compressors.model.running.experts`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,12 +178,27 @@ class StreamedModel:
         n_blocks = blocks_at_once(dtype)
         return n_blocks if self.choice is None else max(1, n_blocks * self.spec.top_k // self.choice.n_chosen)
 
-    def reserve(self, n_bytes: int) -> bool:
-        """True if arrays of this size fit in memory beside a layer. Further layers are kept only if they fit too.
+    @property
+    def spill(self) -> Path | None:
+        """The folder for what does not fit the memory limit; None without a limit."""
+        return None if self._limit is None else self._limit.spill
+
+    def reserve(self, sizes: Iterable[int]) -> int | None:
+        """Keeps memory for arrays beside a layer; further layers stay in memory only if they fit too.
 
         Call it before the first pass.
+
+        Args:
+            sizes: bytes, the preferred size first.
+
+        Returns:
+            The first size that fits; None if none does.
         """
-        return self._place(n_bytes).spill is None
+        for n_bytes in sizes:
+            self._placement = None
+            if self._place(n_bytes).spill is None:
+                return n_bytes
+        return None
 
     @torch.no_grad()
     def stream(

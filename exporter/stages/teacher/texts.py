@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TypedDict
 
 import numpy as np
@@ -19,7 +20,6 @@ from compressors.model.predictions.drawn_token import drawn_token
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.student import Student
 from compressors.recover.drafted_texts import Draft, Effort, write_texts
-from compressors.recover.sampling import cache_bytes
 from exporter.file_names import GENERATION, TEXT_EFFORT
 from exporter.stages.inputs import artifact_path, memory_limit, text_figures, token_blocks, use_threads
 from exporter.work.stage import StageContext
@@ -85,8 +85,7 @@ def streamed_texts(
 ) -> tuple[GeneratedTexts, Effort]:
     """Continues every prompt greedily and at temperature 1, and one for people to read.
 
-    All texts grow together, so layers are read once for a few tokens of each; if the memory limit has no room for their
-    keys and values, they are written in parts.
+    All texts grow together, so layers are read once for a few tokens of each.
 
     Args:
         model: the model that writes.
@@ -94,39 +93,14 @@ def streamed_texts(
         progress: called with the number of new tokens.
         draft: guesses how the texts go on; their numbers are those of :func:`drafts_of`.
         ends: tokens that end a text.
-
-    Raises:
-        InputError: not even one text's keys and values fit the memory limit.
     """
     n_prompts, n_prompt_tokens = prompts_PT.shape
     example = example_prompt(n_prompts)
     prompts_BT = torch.from_numpy(np.concatenate([prompts_PT, prompts_PT, prompts_PT[example : example + 1]]))
-    n_together = len(prompts_BT)
-    while n_together > 1 and not model.reserve(cache_bytes(model.spec, n_together, n_prompt_tokens + NEW_TOKENS)):
-        n_together = -(-n_together // 2)
-    written, efforts = [], []
-    for part_b in torch.arange(len(prompts_BT)).split(n_together):
-        first = int(part_b[0])
-
-        def choose(
-            logits_nV: torch.Tensor, texts: Sequence[int], places: Sequence[int], first: int = first
-        ) -> torch.Tensor:
-            return chosen_tokens(logits_nV, [first + text for text in texts], places, n_prompts)
-
-        def draft_part(
-            texts: Sequence[int], tokens: Sequence[Sequence[int]], most: Sequence[int], first: int = first
-        ) -> Sequence[Sequence[int]]:
-            assert draft is not None
-            return draft([first + text for text in texts], tokens, most)
-
-        drafted = None if draft is None else draft_part
-        new_bT, effort = write_texts(
-            model, prompts_BT[part_b], NEW_TOKENS, choose, drafted, ends=ends, progress=progress
-        )
-        written.append(new_bT)
-        efforts.append(effort)
-    new_BN = torch.cat(written)[:, n_prompt_tokens:].numpy()
-    return GeneratedTexts(new_BN[:n_prompts], new_BN[n_prompts:-1], new_BN[-1]), Effort.of_all(efforts)
+    choose = partial(chosen_tokens, n_prompts=n_prompts)
+    texts_BT, effort = write_texts(model, prompts_BT, NEW_TOKENS, choose, draft, ends=ends, progress=progress)
+    new_BN = texts_BT[:, n_prompt_tokens:].numpy()
+    return GeneratedTexts(new_BN[:n_prompts], new_BN[n_prompts:-1], new_BN[-1]), effort
 
 
 def chosen_tokens(logits_nV: torch.Tensor, texts: Sequence[int], places: Sequence[int], n_prompts: int) -> torch.Tensor:

@@ -10,12 +10,15 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
-from compressors.recover import drafted_texts
+from compressors.recover import drafted_texts, text_cache
 from compressors.recover.drafted_texts import Draft, Effort, write_texts
 from compressors.recover.sampling import continue_texts
+from compressors.recover.text_cache import TextCache
 
 _N_PROMPT, _N_NEW = 9, 14
 
@@ -96,6 +99,45 @@ def test_rows_of_one_call_change_no_bit(
     monkeypatch.setattr(drafted_texts, "rows_at_once", lambda *_: 16)
     write_texts(model, prompts_BP, _N_NEW, few, _drafter(expected_BT, 0.2))
     assert all(torch.equal(logits_V, few.logits[place]) for place, logits_V in all_.logits.items())
+
+
+@pytest.mark.parametrize("n_in_memory", [0, 1])
+def test_keys_and_values_on_the_disk_change_no_bit(
+    model: StreamedModel,
+    prompts_BP: torch.Tensor,
+    expected_BT: torch.Tensor,
+    n_in_memory: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    twice_BP = torch.cat([prompts_BP, prompts_BP.flip(0)])
+    twice_BT = torch.cat([expected_BT, expected_BT.flip(0)])
+    in_memory, on_disk = _Greedy(), _Greedy()
+    write_texts(model, twice_BP, _N_NEW, in_memory, _drafter(twice_BT, 0.2))
+    limited = StreamedModel(model.student, limit=MemoryLimit(10**12, tmp_path / "spill"))
+    monkeypatch.setattr(drafted_texts, "TextCache", lambda *args: TextCache(*args[:-1], n_in_memory))
+    folders: list[Path] = []
+
+    def new_file(shape: tuple[int, int, int], dtype: torch.dtype, folder: Path) -> HiddenStates:
+        folders.append(folder)
+        return HiddenStates(shape, dtype, folder)
+
+    monkeypatch.setattr(text_cache, "HiddenStates", new_file)
+    written, _ = write_texts(limited, twice_BP, _N_NEW, on_disk, _drafter(twice_BT, 0.2))
+    assert torch.equal(written, twice_BT)
+    assert folders == [tmp_path / "spill"] * 2 * (2 - n_in_memory)
+    assert not list((tmp_path / "spill").iterdir()), "files have no names"
+    assert in_memory.logits.keys() == on_disk.logits.keys()
+    assert all(torch.equal(logits_V, on_disk.logits[place]) for place, logits_V in in_memory.logits.items())
+
+
+def test_under_a_low_limit_texts_still_grow_together(
+    model: StreamedModel, prompts_BP: torch.Tensor, expected_BT: torch.Tensor, tmp_path: Path
+) -> None:
+    limited = StreamedModel(model.student, limit=MemoryLimit(1, tmp_path / "spill"))
+    written, effort = write_texts(limited, prompts_BP, _N_NEW, _Greedy(), _drafter(expected_BT, 0.0))
+    assert torch.equal(written, expected_BT)
+    assert effort.passes <= 3
 
 
 def test_the_head_runs_no_further_than_the_first_wrong_token(

@@ -19,8 +19,9 @@ from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.recover import sampling
-from compressors.recover.sampling import cache_bytes, sample_texts
+from compressors.recover.sampling import sample_texts
 from compressors.recover.scopes import Scope
+from compressors.recover.text_cache import cache_bytes
 from compressors.recover.trained_student import TrainedStudent
 from tests.altered import altered
 
