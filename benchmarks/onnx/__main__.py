@@ -31,8 +31,14 @@ from benchmarks.onnx.files import (
     write_gguf_file,
     write_onnx_folder,
 )
+from benchmarks.onnx.other_exporters import (
+    OtherOnnx,
+    can_export,
+    known_to_optimum,
+    write_by_optimum,
+    write_by_transformers,
+)
 from benchmarks.onnx.sides import LlamaCpp, OnnxRuntime, Side, Times, TorchEager, measure
-from benchmarks.onnx.transformers_exporter import TransformersOnnx, can_export, write_by_transformers
 from benchmarks.scale.checkpoints import MODELS
 from compressors.model import quiet_libraries as quiet_libraries
 from validate.runtimes.measure import measure_artifact
@@ -44,7 +50,10 @@ _CSV = _RESULTS / "onnx.csv"
 _EXPERTS, _ROUNDS, _PROMPT, _STEPS, _CONTEXT, _TOKENS = 16, 3, 128, 24, 512, 4096
 _MOST_STEP, _MOST_PROMPT = 1.3, 1.5
 """The most time for a token, and for a prompt, in units of llama.cpp's at 4 bits."""
-_LLAMA_CPP, _EXPORTER = "llama.cpp", "ONNX Runtime, transformers' graph"
+_LLAMA_CPP = "llama.cpp"
+_EXPORTER, _OPTIMUM = "ONNX Runtime, transformers' graph", "ONNX Runtime, optimum's graph"
+_LEAST_OPTIMUM = 5.0
+"""The least time of optimum's graph for a token, in units of that of ours at 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +116,12 @@ class _Comparison:
             sides["torch, eager"] = TorchEager(self._checkpoint)
             if can_export():
                 written = self._files[_EXPORTER] = write_by_transformers(self._checkpoint, self._folder)
-                sides[_EXPORTER] = TransformersOnnx(written.path)
+                sides[_EXPORTER] = OtherOnnx(written.path)
             else:
                 print("transformers' own exporter is left out: onnxscript is not installed")
+            if known_to_optimum(self._checkpoint):
+                written = self._files[_OPTIMUM] = write_by_optimum(self._checkpoint, self._folder)
+                sides[_OPTIMUM] = OtherOnnx(written.path)
         return sides
 
     def _row(self, program: str, times: Times, written: Written | None) -> Row:
@@ -119,7 +131,7 @@ class _Comparison:
             n_bytes = sum(file.stat().st_size for file in self._checkpoint.glob("*.safetensors"))
         else:
             n_bytes = written.n_bytes
-        if written is not None and program != _EXPORTER:  # whose graph has other inputs
+        if written is not None and program not in (_EXPORTER, _OPTIMUM):  # whose graphs have other inputs
             artifact = "gguf" if program.startswith(_LLAMA_CPP) else "onnx"
             prompt = np.arange(1, _CONTEXT + 1)
             cost = measure_artifact(artifact, written.path, context=_CONTEXT, kv_type="f16", threads=1, prompt=prompt)
@@ -180,9 +192,11 @@ def page(rows: Sequence[Row]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
         *(_line(row, _peer(row, rows)) for row in rows),
         "",
-        f"At 4 bits a token may take {_MOST_STEP} x and a prompt {_MOST_PROMPT} x llama.cpp's time:",
+        f"At 4 bits a token may take {_MOST_STEP} x and a prompt {_MOST_PROMPT} x llama.cpp's time, and optimum's",
+        f"graph, in float32, should take {_LEAST_OPTIMUM:g} x the time for a token:",
         "",
         *_verdicts(rows),
+        *_beside_optimum(rows),
     ]
 
 
@@ -214,6 +228,15 @@ def _verdicts(rows: Sequence[Row]) -> Iterator[str]:
             f"{what} {ratio:.2f} x{' MISSED' if ratio > most else ''}" for what, (ratio, most) in ratios.items()
         )
         yield f"* {row.model}, {row.program}: {said}"
+
+
+def _beside_optimum(rows: Sequence[Row]) -> Iterator[str]:
+    for other in (row for row in rows if row.program == _OPTIMUM):
+        for row in rows:
+            if (row.model, row.bits) == (other.model, 4) and not row.program.startswith(_LLAMA_CPP):
+                ratio = other.step_seconds / row.step_seconds
+                missed = " MISSED" if ratio < _LEAST_OPTIMUM else ""
+                yield f"* {row.model}, {_OPTIMUM}: {ratio:.1f} x the time of {row.program} for a token{missed}"
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ from tests.families.checkpoints import write_model
 from tests.families.rows import ROWS
 from validate.runtimes.onnx import OnnxRuntimeBackend
 
-__all__ = ["compare"]
+__all__ = ["PACKAGES", "compare"]
 
-_PACKAGES = ("torch==2.13.0", "optimum-onnx==0.1.0", "transformers==4.57.6", "onnxruntime==1.31.1")
+PACKAGES = ("torch==2.13.0", "optimum-onnx==0.1.0", "transformers==4.57.6", "onnxruntime==1.31.1")
 _MODELS = {"fine": REPOSITORY / "exporter/demo/model", "coarse": REPOSITORY / "tests/fixtures/coarse"}
 _PROMPTS = ("The history of", "Returns a new list of the", "In the beginning God", "def main():\n")
 _NEW_TOKENS = 32
@@ -44,7 +44,7 @@ _CHECKS = ("tokenizer", "single", "left_padded_batch")
 
 def compare() -> tuple[list[str], bool]:
     """The lines of the report, and whether every model that optimum takes generates the tokens it should."""
-    python = environment("optimum", _PACKAGES)
+    python = environment("optimum", PACKAGES)
     with tempfile.TemporaryDirectory() as place:
         folders = list(_folders(Path(place)))
         script = REPOSITORY / "benchmarks/peers/optimum_onnx.py"
@@ -134,7 +134,7 @@ def _section(rows: list[tuple[str, bool, Mapping[str, bool | str]]]) -> list[str
     return [
         "## Our ONNX folders in optimum",
         "",
-        f"{', '.join(_PACKAGES)}: tokens of `AutoTokenizer`, and greedy tokens of `ORTModelForCausalLM`,",
+        f"{', '.join(PACKAGES)}: tokens of `AutoTokenizer`, and greedy tokens of `ORTModelForCausalLM`,",
         f"{len(_PROMPTS)} prompts of {_NEW_TOKENS} tokens each. The reference is stock transformers in float32 for the",
         "trained models, and ONNX Runtime with the same file for the tiny random ones. If optimum refuses a model,",
         "its error stands there. Written by `make peers`, as is all of this page.",

@@ -38,3 +38,16 @@ def test_the_page_names_what_misses_a_bar() -> None:
     assert "| 4 | ONNX Runtime, Q4_0, int8 inputs | 1 | 1.0 | 2 | 9.0 (0.90) | 160 (1.60) |" in text
     assert "Q4_0, int8 inputs: a token 0.90 x, a prompt 1.60 x MISSED" in text
     assert "4@128, int8 inputs: a token 1.40 x MISSED, a prompt 1.20 x" in text
+
+
+def test_the_page_compares_a_token_with_optimum_s_graph() -> None:
+    rows = [
+        Row("qwen3-30b", 32, "llama.cpp, F32", 8_000_000, 1.0, 9_000_000, 0.5, 0.05),
+        Row("qwen3-30b", 32, "ONNX Runtime, optimum's graph", 8_000_000, 9.0, None, 0.9, 0.06),
+        Row("qwen3-30b", 4, "llama.cpp, Q4_0", 1_000_000, 1.0, 2_000_000, 0.1, 0.01),
+        Row("qwen3-30b", 4, "ONNX Runtime, Q4_0, int8 inputs", 1_000_000, 1.0, 2_000_000, 0.1, 0.01),
+        Row("qwen3-30b", 4, "ONNX Runtime, 4@128, int8 inputs", 1_000_000, 1.0, 2_000_000, 0.1, 0.0125),
+    ]
+    text = "\n".join(page(rows))
+    assert "optimum's graph: 6.0 x the time of ONNX Runtime, Q4_0, int8 inputs for a token\n" in text
+    assert "optimum's graph: 4.8 x the time of ONNX Runtime, 4@128, int8 inputs for a token MISSED" in text
