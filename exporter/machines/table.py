@@ -51,6 +51,7 @@ def _notes(rows: Sequence[Fit | NoFit]) -> Iterator[str]:
     """Sentences for which the table's cells have no room."""
     if any(isinstance(row, Fit) for row in rows):
         yield ""
+        yield "file: GGUF, as a run with --formats gguf writes it; ONNX often needs more memory"
         yield "divergence: from the original, in nats, as expected; a run measures it"
         yield "tokens/s: the most that the memory's bandwidth allows"
     for row in rows:

@@ -37,6 +37,7 @@ from exporter.planning.recipe import (
 from exporter.planning.recovery import CALIBRATION_BLOCKS, RefusedRung, check_after_quantizing
 from exporter.planning.resulting_spec import layers_with_experts
 from exporter.searching.ladder import ladder, machine_for
+from exporter.searching.no_fit import nothing_fits
 from exporter.searching.outlook import outlook_of, outlooks_of_all
 from exporter.searching.structures import replacements, structures_for, whole, with_experts
 from exporter.writing.files import sha256_of
@@ -215,7 +216,7 @@ class _Pinned:
         first = bisect_left(choices, True, lo=1, key=lambda choice: self._fitting(choice) is not None)
         candidate = self._fitting(choices[first]) if first < len(choices) else None
         if candidate is None:
-            raise BudgetError(self._nothing_fits(choices[-1]))
+            raise self._nothing_fits(choices[-1])
         return candidate
 
     def _choices(self) -> Sequence[CompressChoice]:
@@ -280,23 +281,16 @@ class _Pinned:
         spec, name = expected_spec(choice, source.spec), recipe.source.model
         return predict(artifact, source, name, spec, self._file(mix), recipe.budget, recipe.threads)
 
-    def _nothing_fits(self, choice: CompressChoice) -> str:
-        needs = {
+    def _nothing_fits(self, choice: CompressChoice) -> BudgetError:
+        left = described_compression(choice, self._checkpoint.spec)
+        least = {
             artifact: min(
-                (prediction.counted(self._budget.kind), mix)
+                (prediction.counted(self._budget.kind), f"{left} in {mix}")
                 for mix, prediction in self._possible(artifact, choice).items()
             )
             for artifact in self._job.formats
         }
-        largest = max(needs, key=lambda artifact: needs[artifact][0])
-        n_bytes, mix = needs[largest]
-        counted = "file" if self._budget.kind == "file" else f"memory at {self._budget.context} tokens of context"
-        left = described_compression(choice, self._checkpoint.spec)
-        return (
-            f"nothing fits a budget of {format_size(self._budget.bytes)}: with {left} the "
-            f"smallest {largest} ({mix}) needs {format_size(n_bytes)} of {counted}. "
-            f"The smallest budget that works is --budget {n_bytes}B"
-        )
+        return nothing_fits(self._budget, least)
 
 
 def _check_experts(job: Job, checkpoint: Source) -> None:

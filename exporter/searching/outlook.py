@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compressors.model.errors import BudgetError, UnsupportedError
+from compressors.model.errors import UnsupportedError
 from compressors.model.files.storage_type import StorageType
 from compressors.model.sources.source import Source
 from compressors.sensitivity import TypeTable, default_table
-from exporter.estimating.sizes import format_size
 from exporter.planning.compression import check_compression, described_compression, expected_spec
 from exporter.planning.recipe import CompressChoice, Recipe
 from exporter.searching.fitting import Fitted, fit, smallest
+from exporter.searching.no_fit import nothing_fits
 from exporter.searching.structures import expected_loss, whole
 from exporter.searching.units import LAST_RESORT, units_of
 from exporter.searching.untyped_file import UntypedFile
@@ -104,17 +104,13 @@ def refuse_unless_something_fits(
     if all(_holds_the_first(recipe, artifact, checkpoint, structures) for artifact in artifacts):
         return
     needs = {artifact: _least(recipe, artifact, checkpoint, structures) for artifact in artifacts}
-    artifact = max(artifacts, key=lambda name: needs[name][0])
-    n_bytes, choice = needs[artifact]
-    budget = recipe.budget
-    if n_bytes <= budget.bytes:
+    if max(n_bytes for n_bytes, _ in needs.values()) <= recipe.budget.bytes:
         return
-    counted = "file" if budget.kind == "file" else f"memory at {budget.context} tokens of context"
-    raise BudgetError(
-        f"nothing fits a budget of {format_size(budget.bytes)}: with {described_compression(choice, checkpoint.spec)} "
-        f"the smallest {artifact} needs {format_size(n_bytes)} of {counted}. "
-        f"The smallest budget that works is --budget {n_bytes}B"
-    )
+    least = {
+        artifact: (n_bytes, described_compression(choice, checkpoint.spec))
+        for artifact, (n_bytes, choice) in needs.items()
+    }
+    raise nothing_fits(recipe.budget, least)
 
 
 def _holds_the_first(recipe: Recipe, artifact: str, checkpoint: Source, structures: Sequence[CompressChoice]) -> bool:
