@@ -81,6 +81,7 @@ def _found(part: Part, entry: dict[str, Any], *, alone: bool) -> Part:
         recipe=recipe,
         predictions=predict_recipe(recipe, part.plan.open_source()),
         refused_rungs=tuple(RefusedRung(**refused) for refused in entry["refused_rungs"]),
+        deviations=tuple(each for each in part.plan.deviations if each.artifact in recipe.artifacts),
         out=part.plan.out if alone else result_folder(part.work, name),
         search=None,
     )

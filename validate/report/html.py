@@ -134,8 +134,8 @@ def _tiles(report: Report) -> tuple[Tile, ...]:
         ),
     ]
     if not facts.is_dense(report):
-        overlap = ((row, numbers.percent(find(row, "routing", "vs_torch_student", "overlap"))) for row in shipped)
-        tiles.append(Tile("Routing kept by the export", _lines(overlap), "same experts as the student in torch"))
+        overlap = ((row, numbers.percent(find(row, "routing", "vs_teacher", "overlap"))) for row in shipped)
+        tiles.append(Tile("Same routing", _lines(overlap), "the original's choices of experts"))
     return tuple(tiles)
 
 

@@ -41,7 +41,7 @@ def use_table(report: Report) -> Table:
             ),
         )
         rows.append(Row(f"{facts.artifact_name(name)} beside the original", cells, name))
-    return Table(("", "Size", "Decode speed", "Last words found"), tuple(rows))
+    return Table(("", "Size", "Decode speed", "Last words kept"), tuple(rows))
 
 
 def last_words_table(report: Report) -> Table:

@@ -12,6 +12,7 @@ from exporter.file_names import FOUND
 from exporter.pipeline.parts import Part, found_parts, save_plans
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
+from exporter.publishing.deviations import Deviation
 from exporter.work.directory import WorkDirectory
 
 
@@ -44,6 +45,12 @@ def test_stages_read_the_plan_of_the_last_search(searched: Part) -> None:
         found = _find(searched, quantizer)
         save_plans([found])
         assert found.work.plan().recipe.gguf.quantizer == quantizer
+
+
+def test_a_part_names_the_differences_of_its_own_file_alone(searched: Part) -> None:
+    both = (Deviation("gguf", "llama.cpp cuts text otherwise"), Deviation("onnx", "the graph rounds"))
+    found = _find(replace(searched, plan=replace(searched.plan, deviations=both)), "feedback")
+    assert found.plan.deviations == both[:1]
 
 
 def test_a_plan_that_is_kept_is_written_the_same_again(searched: Part) -> None:

@@ -127,7 +127,7 @@ def test_page_card_and_terminal_say_that_it_is_dense(run: _Run) -> None:
     page, card = ((run.out / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))
     assert said in page and said in card
     assert said in " ".join(run.printed.split())
-    assert "The student is dense" in page and "Routing kept" not in page and "Overlap" not in page
+    assert "The student is dense" in page and "Same routing" not in page and "Overlap" not in page
     assert "outing as in" not in card + run.printed
     assert "- dense\n" in card and "mixture-of-experts" not in card
 

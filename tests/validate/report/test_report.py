@@ -732,7 +732,7 @@ def test_a_dense_student_is_called_so_and_its_routing_left_out(report: dict[str,
     page, card, lines = Page(render_html(report)), render_model_card(report), terminal(report)
     text = " ".join(page.text)
     assert f"Of the original: {left}. Filled:" in text and "The student is dense" in text
-    assert "Routing kept by the export" not in text and "Overlap" not in text and "Not measured" not in text
+    assert "Same routing" not in text and "Overlap" not in text and "Not measured" not in text
     assert charts.routing_charts(report) == []
     assert f"Of the original: {left}: a dense model, without routers." in card
     assert "| | Median divergence | 99 % | Maximum | Same top token |\n|---|---:|---:|---:|---:|\n| Student" in card
