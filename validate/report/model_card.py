@@ -198,6 +198,7 @@ def _limits(report: Report) -> list[str]:
     """The limits of the figures, and the failures."""
     limits = [f"Failed check: {failure}" for failure in facts.failures(report)]
     limits += [f"Known difference from the original: {deviation}." for deviation in facts.deviations(report)]
+    limits += _new_types(report)
     for row in facts.shipped_rows(report):
         if row.get("error"):
             limits.append(f"{facts.row_name(row)} did not run on the machine that made it: {row['error']}")
@@ -214,3 +215,19 @@ def _limits(report: Report) -> list[str]:
         )
     limits.append("Perplexity, divergence and last words measure closeness to the original on one text.")
     return limits
+
+
+def _new_types(report: Report) -> list[str]:
+    """A sentence for people whose llama.cpp is too old for a type of the GGUF file."""
+    types = {
+        name
+        for file in report["artifacts"]
+        for of_kind in (file.get("tensor_types") or {}).values()
+        for name in of_kind
+    }
+    if "Q2_0" not in types:
+        return []
+    return [
+        "Some tensors are Q2_0, a type that llama.cpp knows since 2026: older releases, and programs with one, refuse "
+        "the file."
+    ]

@@ -64,7 +64,8 @@ def _why(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     measured = [candidate for candidate in of_file if candidate.measured is not None]
     if chosen.measured is None:
         return f"the lowest predicted divergence of {len(of_file)} files: {chosen.predicted:.4f} nats"
-    text = f"the lowest divergence of {len(measured)} files measured on the selection split: {chosen.measured:.4f} nats"
+    which = f"the lowest divergence of {len(measured)} files" if len(measured) > 1 else "the divergence of the one file"
+    text = f"{which} measured on the selection split: {chosen.measured:.4f} nats"
     mixes = [candidate for candidate in measured if candidate.is_baseline]
     if not mixes:
         return text

@@ -855,6 +855,9 @@ def test_model_card_says_which_types_and_which_projector(report: dict[str, Any])
     report["source"] |= {"license_files": ["LICENSE", "NOTICE"]}
     card = render_model_card(report)
     assert "| gate of the experts | Q2_K x 5, Q3_K x 1 |\n| head | Q6_K |\n" in card
+    assert "older releases" not in card
+    report["artifacts"][0]["tensor_types"]["head"] = {"Q2_0": 1}
+    assert "older releases, and programs with one, refuse the file" in render_model_card(report)
     assert "has the part that sees images" in card and "2,048 wide" in card
     assert "llama-server -m Fine-24x0.9M-Q4_0.gguf --mmproj FILE" in card
     front_matter = yaml.safe_load(card.split("---\n", 2)[1])
