@@ -33,7 +33,8 @@ def search_lines(plan: Plan) -> dict[str, int]:
     if plan.search is None:
         return {}
     original = whole(plan.teacher_spec)
-    structures = [choice for choice in structures_for(plan.search, plan.teacher_spec) if choice != original]
+    smaller = [choice for choice in structures_for(plan.search, plan.teacher_spec) if choice != original]
+    structures = [choice for choice in smaller if _containers(choice, plan)]
     tried = [_as_tried(plan, choice) for choice in _largest(structures, plan)]
     file = max(prediction.file for prediction in plan.predictions.values())
     return {
@@ -42,6 +43,12 @@ def search_lines(plan: Plan) -> dict[str, int]:
         "files that the search measures": file,
         "a smaller structure that the search tries": max((_tried_bytes(each, file) for each in tried), default=0),
     }
+
+
+def _containers(choice: CompressChoice, plan: Plan) -> list[str]:
+    """The formats of the run that can hold the structure; the search does not try one that none can."""
+    spec = expected_spec(choice, plan.teacher_spec)
+    return [name for name in plan.recipe.artifacts if refusal(spec, Container(name)) is None]
 
 
 def _largest(structures: Sequence[CompressChoice], plan: Plan) -> Iterator[CompressChoice]:
@@ -80,9 +87,9 @@ def _n_experts(choice: CompressChoice, teacher: ModelSpec) -> float:
 def _as_tried(plan: Plan, choice: CompressChoice) -> Plan:
     """The plan of a run with this structure and the rungs that a search tries on it, which train no file."""
     rungs, _ = ladder_for(choice, plan)
-    untyped, spec = {"mix": "F32", "tensors": {}}, expected_spec(choice, plan.teacher_spec)
+    untyped, held = {"mix": "F32", "tensors": {}}, _containers(choice, plan)
     files = {
-        name: plan.recipe.file(name).model_copy(update=untyped) if refusal(spec, Container(name)) is None else None
+        name: plan.recipe.file(name).model_copy(update=untyped) if name in held else None
         for name in plan.recipe.artifacts
     }
     return replace(plan, recipe=plan.recipe.model_copy(update={"compress": choice, "recover": rungs, **files}))

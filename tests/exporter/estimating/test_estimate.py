@@ -25,6 +25,7 @@ from exporter.planning.preflight import refuse_to_cut_onnx, refuse_too_little_di
 from exporter.planning.recipe import FileChoice, Recipe
 from exporter.progress.views import PlainLines
 from exporter.run import run_job
+from exporter.searching.structures import structures_for
 from tests.altered import altered
 
 _START = 4
@@ -309,6 +310,15 @@ def test_a_search_needs_one_structure_and_one_file_at_a_time(plan: Plan) -> None
     pruned = replace(searched, search=Search("reap", None, "moe", "none", "quality", 1))
     watched = 4 * 8 * (2 + 2) * of_all - file  # every layer's input, for sensitivities
     assert disk_by_stage(pruned)["search"][tried] == max(0, watched), "no expert changes"
+
+
+def test_a_search_for_gguf_alone_leaves_out_structures_that_only_onnx_holds(plan: Plan) -> None:
+    search = Search("auto", None, "moe", "auto", "quality", 1)
+    assert any(choice.apart for choice in structures_for(search, plan.teacher_spec)), "experts on shared bases"
+    predictions = {"gguf": plan.predictions["gguf"]}
+    recipe = plan.recipe.model_copy(update={"onnx": None})
+    alone = replace(plan, recipe=recipe, predictions=predictions, search=search)
+    assert disk_by_stage(alone)["search"]["a smaller structure that the search tries"] > 0
 
 
 def test_training_needs_its_snapshots_and_what_it_taught(plan: Plan) -> None:
