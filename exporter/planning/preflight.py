@@ -111,7 +111,7 @@ def refuse_too_little_memory(lines: Mapping[str, int], limit: int, free: int) ->
         raise InputError(f"{format_size(free)} of memory are free, less than {needs}; close programs, or use --force")
     if limit < needed:
         raise InputError(
-            f"--memory: {format_size(limit)} (without the flag it is half of what is free) are less than {needs}; "
+            f"--memory: {format_size(limit)} (without the flag it is half of what is free) is below {needs}; "
             f"{format_size(free)} are free: give more of it, close programs, or use --force"
         )
 

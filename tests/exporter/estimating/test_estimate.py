@@ -361,7 +361,7 @@ def test_too_little_memory_is_refused_with_figures() -> None:
         InputError, match=r"^2\.9 GB .* of memory are free, less than the 3\.0 GB .* \(two decoder layers"
     ):
         refuse_too_little_memory(lines, 9_000_000_000, 2_900_000_000)
-    with pytest.raises(InputError, match=r"^--memory: 2\.9 GB .* less than the 3\.0 GB .* 8\.0 GB .* are free: give"):
+    with pytest.raises(InputError, match=r"^--memory: 2\.9 GB .* is below the 3\.0 GB .* 8\.0 GB .* are free: give"):
         refuse_too_little_memory(lines, 2_900_000_000, 8_000_000_000)
 
 

@@ -165,8 +165,8 @@ def test_memory_that_is_too_little_is_refused_with_the_figures(
     command += _given(small_texts)
     result = run_command([*command, "--out", str(tmp_path / "out")])
     assert result.returncode == 2
-    assert "error: --memory: 200.0 MB (190.7 MiB) (without the flag it is half of what is free) are" in result.stderr
-    assert "less than the 864.5 MB (824.4 MiB) that this model needs (two decoder layers 13.4 MB" in result.stderr
+    assert "error: --memory: 200.0 MB (190.7 MiB) (without the flag it is half of what is free)" in result.stderr
+    assert "is below the 864.5 MB (824.4 MiB) that this model needs (two decoder layers 13.4 MB" in result.stderr
     assert "give more of it, close programs, or use --force" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
