@@ -30,7 +30,9 @@ also compares routing, computes the file's weights in torch, and lets the origin
 *Peak* is the largest resident size of one process, mapped pages of files included; *together* that of all processes at
 once, shared pages counted once, sampled every ten seconds. Bytes are the kernel's: *disk* between memory and disk,
 *calls* by read and write calls, which leave mapped pages out. *Reads* are the bytes that positioned reads take from the
-source, divided by its size. *Disk* is the most that the files of a side take at once. Written by `python -m
+source, divided by its size. *Disk* is the most that the files of a side take at once; files without a name, which hold
+keys and values of texts, are not in it. `llama-perplexity` keeps the original's logits no lower than 16 below the
+largest, so its perplexity of an original whose successors stand out far is too low. Written by `python -m
 benchmarks.whole_run`.
 """
 

@@ -189,7 +189,7 @@ def _watch(
         total = count()
         watched.reads[name] = watched.reads.get(name, 0) + total - seen
         seen, name = total, part()
-        watched.peak_disk = max(watched.peak_disk, sum(map(_on_disk, folders)))
+        watched.peak_disk = max(watched.peak_disk, _on_disk(folders))
         if polls % _POLLS_BETWEEN_MEMORY == 0:
             watched.peak_together = max(watched.peak_together, _memory_together(process))
         polls += 1
@@ -197,13 +197,16 @@ def _watch(
             return
 
 
-def _on_disk(folder: Path) -> int:
-    n_bytes = 0
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):  # renamed or removed meanwhile
-                n_bytes += os.stat(Path(directory, name)).st_blocks * 512
-    return n_bytes
+def _on_disk(folders: Sequence[Path]) -> int:
+    """The bytes of all files; one that stands in several folders takes them once."""
+    n_bytes: dict[tuple[int, int], int] = {}
+    for folder in folders:
+        for directory, _, names in os.walk(folder):
+            for name in names:
+                with suppress(OSError):  # renamed or removed meanwhile
+                    found = os.stat(Path(directory, name))
+                    n_bytes[found.st_dev, found.st_ino] = found.st_blocks * 512
+    return sum(n_bytes.values())
 
 
 def _memory_together(process: int) -> int:

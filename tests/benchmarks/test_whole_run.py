@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -36,17 +37,20 @@ def test_reads_of_the_source_are_counted_in_all_processes(tmp_path: Path) -> Non
     source.mkdir()
     (source / "weights").write_bytes(bytes(4000))
     (tmp_path / "other").write_bytes(bytes(4000))
+    (tmp_path / "out").mkdir()
+    os.link(source / "weights", tmp_path / "out/weights")
     program.write_text(_COMMAND)
     cost, watched, _ = run_watched(
         [sys.executable, program, source / "weights", tmp_path / "other", "with a child"],
         {},
         source=source,
-        folders=[source],
+        folders=[source, tmp_path / "out"],
         part=lambda: "part",
         library=tmp_path / "reads.so",
     )
     assert watched.reads == {"part": 2 * 3500}
-    assert watched.peak_disk >= 4000 and cost.peak_process > 4_000_000 and cost.calls_read >= 2 * 4000
+    assert 4000 <= watched.peak_disk < 8000, "the file has two names"
+    assert cost.peak_process > 4_000_000 and cost.calls_read >= 2 * 4000
     assert cost.seconds > 0 and cost.cpu_seconds > 0
 
 
