@@ -232,7 +232,7 @@ class _Writing:
             states = prompts_LPD[prompts].to(self._model.device)
             cache = self._cache.of(self._text_of_L[prompts], 0)
             prompts_LPD[prompts] = self._model.run_layer(layer, states, 0, cache).to("cpu")
-        self._cache.repeat(index, self._text_of_L[self._prompt_of_B])
+        self._cache.repeat(index, self._text_of_L[self._prompt_of_B], prompts_LPD.shape[1])
 
     def _run_rows(self, layer: nn.Module, rows: _Rows, states_nD: torch.Tensor, wave_n: torch.Tensor) -> None:
         """Takes rows through a layer, in place, and settles the states of texts whose known tokens end there."""

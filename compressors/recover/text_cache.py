@@ -54,6 +54,7 @@ class TextCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [B, heads, T, h] each
         self._files: dict[int, _LayerFiles] = {}
         self._new_BT = torch.zeros(n_texts, n_tokens, dtype=torch.bool)  # positions that a layer's file does not have
+        self._sources_B, self._n_repeated = torch.arange(n_texts), 0  # see repeat
         self._states: dict[tuple[str, int], torch.Tensor] = {}  # [B, ...] each, by kind and layer
         self._tried: dict[tuple[str, int], torch.Tensor] = {}  # the same of one layer, after rows that may be undone
 
@@ -68,13 +69,26 @@ class TextCache:
         """
         return Rows(self, texts_n, positions_n)
 
-    def repeat(self, layer: int, sources_B: torch.Tensor) -> None:
-        """Gives each text of a layer what the text with the number in ``sources_B`` has, which may be itself."""
-        texts_n = (sources_B != torch.arange(self._n_texts)).nonzero()[:, 0]
-        self._new_BT[texts_n] = self._new_BT[sources_B[texts_n]]
-        states = [array for (_, of_layer), array in self._states.items() if of_layer == layer]
-        for array in (*self._layers.get(layer, ()), *states):
-            array[texts_n] = array[sources_B[texts_n]]
+    def repeat(self, layer: int, sources_B: torch.Tensor, n_positions: int) -> None:
+        """Gives each text of a layer what the text with the number in ``sources_B`` has, which may be itself.
+
+        Files hold these first positions of the sources alone.
+        """
+        self._sources_B, self._n_repeated = sources_B, n_positions
+        self._repeat(self._layers.get(layer, ()))
+        texts_n = self._repeating()
+        for (_, of_layer), states in self._states.items():
+            if of_layer == layer:
+                states[texts_n] = states[sources_B[texts_n]]
+
+    def _repeat(self, arrays: Sequence[torch.Tensor]) -> None:
+        texts_n = self._repeating()
+        for array in arrays:
+            array[texts_n, :, : self._n_repeated] = array[self._sources_B[texts_n], :, : self._n_repeated]
+
+    def _repeating(self) -> torch.Tensor:
+        """The texts that have another one's first positions."""
+        return (self._sources_B != torch.arange(self._n_texts)).nonzero()[:, 0]
 
     def settle(self, texts_n: torch.Tensor) -> None:
         """Makes the states that rows left the states of these texts; otherwise :meth:`leave` undoes them."""
@@ -115,7 +129,9 @@ class TextCache:
     def _arrays(self, layer: int, new: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's arrays from its files, or new ones with room for all texts and positions."""
         if layer in self._files:
-            return self._files[layer].read()
+            arrays = self._files[layer].read()
+            self._repeat(arrays)
+            return arrays
         keys, values = (one.new_zeros(self._n_texts, one.shape[1], self._n_tokens, one.shape[-1]) for one in new)
         if self._spill is not None and len(self._layers) >= self._n_in_memory:
             self._files[layer] = _LayerFiles(keys, values, self._spill)

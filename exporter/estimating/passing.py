@@ -33,9 +33,9 @@ def compressing_bytes(plan: Plan) -> int:
 
 def text_bytes(plan: Plan) -> int:
     """Keys and values of all layers for the original's texts: two of each prompt, and one for people to read."""
-    n_texts = 2 * min(PROMPTS, heldout_blocks(plan)) + 1
-    values = sum(layer.mixer.cached_values for layer in plan.teacher_spec.layers)
-    return n_texts * (PROMPT_TOKENS + NEW_TOKENS) * values * 4
+    n_prompts = min(PROMPTS, heldout_blocks(plan))
+    n_tokens = n_prompts * PROMPT_TOKENS + (2 * n_prompts + 1) * NEW_TOKENS
+    return n_tokens * sum(layer.mixer.cached_values for layer in plan.teacher_spec.layers) * 4
 
 
 def training_step_bytes(plan: Plan, stage: str) -> int:
