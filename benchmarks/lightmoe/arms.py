@@ -23,7 +23,7 @@ from compressors.shrink.moe_block import Method
 from compressors.shrink.prune import Prune
 from compressors.shrink.replace import bases_by_layer, replacement_for
 from compressors.shrink.replace.light_moe import LightMoE
-from compressors.shrink.replace.selection import contributions, replaced_by_layer
+from compressors.shrink.replace.selection import replaced_by_layer
 from compressors.shrink.slim.width import SlimWidth
 
 __all__ = ["ARMS", "COARSER", "LIGHT", "NO_ANNEAL", "NO_GROUPING", "NO_SELECTION", "PLAIN", "SHARES", "Arm", "removed"]
@@ -87,7 +87,7 @@ def _light(*, selects: bool, groups: bool) -> Build:
         spec, numbers = teacher.spec, replacement_for(share, teacher.spec)
         counts = _even(numbers.n_replaced, spec.n_layers)
         if selects:
-            counts = replaced_by_layer([contributions(layer) for layer in teacher.statistics], numbers.n_replaced)
+            counts = replaced_by_layer(teacher.statistics, numbers.n_replaced)
         bases = bases_by_layer(counts, numbers.n_bases)
         methods = [
             LightMoE(count, n_bases, numbers.rank, selects, groups) if count else None

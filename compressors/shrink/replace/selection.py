@@ -1,9 +1,14 @@
 """Decides how many experts of each layer are replaced.
 
 LightMoE's formula is not public (Hao et al., arXiv 2603.12645): what is known is that each layer has a threshold of its
-own. Ours follows from one rule: the experts of least contribution are replaced, whatever their layer, where a
-contribution is a share of its layer's. So a layer that leans on few experts gives many, and one whose experts are all
-busy keeps them.
+own. Ours follows from one rule: the experts that change the hidden states least are replaced, whatever their layer. An
+expert's part of that change is
+
+    (1 - mean over all tokens of cos(x, x + MoE(norm(x)))) * sum over T_e of g ||f|| / sum over all e' of the same,
+
+with T_e the tokens that chose the expert, g its gate and f its output there, and x the states that enter the layer's
+feed-forward. So a layer that turns the states keeps its experts, as the first one of most models does, and one whose
+outputs are small beside them gives many.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import torch
 
 from compressors.calibration.statistics import LayerStatistics
 from compressors.model.errors import InputError
+from compressors.shrink.drop import moe_similarities
 from compressors.shrink.replace.counts import FEWEST_ON_A_BASE
 
 __all__ = ["contributions", "replaced_by_layer"]
@@ -28,28 +34,29 @@ def contributions(statistics: LayerStatistics) -> torch.Tensor:
     return sums_E / sums_E.sum() if sums_E.sum() > 0 else torch.full_like(sums_E, 1 / len(sums_E))
 
 
-def replaced_by_layer(shares: Sequence[torch.Tensor], n_replaced: int) -> list[int]:
-    """The number of experts that each layer replaces, none or at least two: those with the model's lowest shares.
+def replaced_by_layer(statistics: Sequence[LayerStatistics], n_replaced: int) -> list[int]:
+    """The number of experts that each layer replaces, none or at least two: those with the least parts of the change.
 
-    A share is multiplied by the number of the layer's experts, so that layers of different sizes compare. Of equal
-    shares the earlier layer and the lower index go first.
+    Of equal parts the earlier layer and the lower index go first.
 
     Args:
-        shares: each layer's :func:`contributions`.
+        statistics: each layer's.
         n_replaced: the experts that are replaced in all layers together.
 
     Raises:
         InputError: there are not so many experts, or too few for two in a layer.
     """
-    sizes = [len(shares_E) for shares_E in shares]
+    sizes = [len(layer.count_E) for layer in statistics]
     if not FEWEST_ON_A_BASE <= n_replaced <= sum(sizes):
         raise InputError(
             f"{n_replaced} of {sum(sizes)} experts cannot be replaced: give a number from {FEWEST_ON_A_BASE} to "
             f"{sum(sizes)}"
         )
-    lowest_first = torch.cat([shares_E * len(shares_E) for shares_E in shares]).argsort(stable=True)
+    changes_L = 1 - moe_similarities(statistics)
+    parts = [change * contributions(layer) for change, layer in zip(changes_L, statistics, strict=True)]
+    least_first = torch.cat(parts).argsort(stable=True)
     layer_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    counts = torch.bincount(layer_of[lowest_first[:n_replaced]], minlength=len(sizes)).tolist()
+    counts = torch.bincount(layer_of[least_first[:n_replaced]], minlength=len(sizes)).tolist()
     return _without_ones(counts, sizes)
 
 

@@ -20,7 +20,7 @@ from compressors.shrink.prune import Prune
 from compressors.shrink.registry import LIGHT_MOE, METHODS, made
 from compressors.shrink.replace import bases_by_layer
 from compressors.shrink.replace.light_moe import LightMoE
-from compressors.shrink.replace.selection import contributions, replaced_by_layer
+from compressors.shrink.replace.selection import replaced_by_layer
 from compressors.shrink.slim.width import SlimWidth
 from exporter.planning.compression import by_layer
 from exporter.planning.recipe import CompressChoice
@@ -129,7 +129,7 @@ def _edits(choice: CompressChoice, statistics: Sequence[LayerStatistics]) -> Seq
     if choice.edit != LIGHT_MOE.name:
         return [(made(choice.edit, choice.edit_size),)] * len(statistics)
     assert choice.replaced is not None and choice.bases is not None, "the recipe checks it"
-    counts = replaced_by_layer([contributions(layer) for layer in statistics], choice.replaced)
+    counts = replaced_by_layer(statistics, choice.replaced)
     bases = bases_by_layer(counts, choice.bases)
     return [
         (LightMoE(count, n_bases, choice.edit_size),) if count else ()
