@@ -17,13 +17,14 @@ from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.scopes import Scope
 from compressors.sensitivity import Quantizer, ggml_quantizer
 from compressors.sensitivity.quantizers import blocks_quantizer
+from compressors.shrink.allocation import allocate_globally
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from compressors.shrink.merge import REAM
 from compressors.shrink.moe_block import Method
 from compressors.shrink.prune import Prune
 from compressors.shrink.replace import bases_by_layer, replacement_for
 from compressors.shrink.replace.light_moe import LightMoE
-from compressors.shrink.replace.selection import replaced_by_layer
+from compressors.shrink.replace.selection import parts_of_change, replaced_by_layer
 from compressors.shrink.slim.width import SlimWidth
 
 __all__ = ["ARMS", "COARSER", "LIGHT", "NO_ANNEAL", "NO_GROUPING", "NO_SELECTION", "PLAIN", "SHARES", "Arm", "removed"]
@@ -106,6 +107,16 @@ def _fewer(method: Callable[[int], Method], teacher: Teacher, share: float) -> S
     return _compressed(teacher, sizes, [method(count) for count in counts])
 
 
+def _pruned_by_change(teacher: Teacher, share: float) -> Student:
+    """REAP with the layers' numbers by LightMoE's rule: the experts with the least parts of the change go."""
+    spec = teacher.spec
+    n_kept = round(spec.n_layers * spec.n_experts * (1 - share))
+    counts = allocate_globally(parts_of_change(teacher.statistics), n_kept, spec.top_k)
+    return _compressed(
+        teacher, [MoeSize(count, spec.expert_width) for count in counts], [Prune("reap", count) for count in counts]
+    )
+
+
 def _narrower(teacher: Teacher, share: float) -> Student:
     spec, width = teacher.spec, round(teacher.spec.expert_width * (1 - share))
     return _compressed(teacher, [MoeSize(spec.n_experts, width)] * spec.n_layers, [SlimWidth(width)] * spec.n_layers)
@@ -147,6 +158,7 @@ LIGHT, PLAIN, NO_ANNEAL = "LightMoE", "plain replacing", "LightMoE without annea
 NO_SELECTION, NO_GROUPING = "LightMoE without selection", "LightMoE without grouping"
 COARSER = "all experts at fewer bits"
 _REAP, _REAM, _SLIM = "REAP", "REAM", "SlimWidth"
+_REAP_BY_CHANGE = "REAP, layers as in LightMoE"
 
 
 def _arms() -> Iterator[Arm]:
@@ -162,13 +174,14 @@ def _arms() -> Iterator[Arm]:
         Arm(f"{_SLIM}, experts trained", _narrower, experts, _SLIM_RATE),
         Arm(f"{_REAP}, Router KD", prune, Scope.routers(), _ROUTER_RATE),
         Arm(f"{_REAM}, experts trained", merge, experts, _EXPERTS_RATE),
+        Arm(f"{_REAP_BY_CHANGE}, experts trained", _pruned_by_change, experts, _EXPERTS_RATE),
         Arm(f"{COARSER}, norms trained", _coarser, Scope.routers_and_norms(), _NORMS_RATE),
         Arm(NO_SELECTION, plain, parts, _EXPERTS_RATE, _FADE, (0.5,)),
         Arm(NO_GROUPING, ungrouped, parts, _EXPERTS_RATE, _FADE, (0.5,)),
     ]
     untrained = [
         Arm(LIGHT, light), Arm(PLAIN, plain), Arm(_REAP, prune), Arm(_SLIM, _narrower), Arm(_REAM, merge),
-        Arm(COARSER, _coarser), Arm(NO_GROUPING, ungrouped, shares=(0.5,)),
+        Arm(_REAP_BY_CHANGE, _pruned_by_change), Arm(COARSER, _coarser), Arm(NO_GROUPING, ungrouped, shares=(0.5,)),
     ]  # fmt: skip
     yield from (replace(arm, name=f"{arm.name}, not trained") for arm in untrained[:1])
     yield from trained[:5]

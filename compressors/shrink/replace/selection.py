@@ -7,8 +7,8 @@ expert's part of that change is
     (1 - mean over all tokens of cos(x, x + MoE(norm(x)))) * sum over T_e of g ||f|| / sum over all e' of the same,
 
 with T_e the tokens that chose the expert, g its gate and f its output there, and x the states that enter the layer's
-feed-forward. So a layer that turns the states keeps its experts, as the first one of most models does, and one whose
-outputs are small beside them gives many.
+feed-forward. So a layer that turns the states keeps its experts, as the first layer of both trained models does, and
+one whose outputs are small beside the states gives many.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from compressors.model.errors import InputError
 from compressors.shrink.drop import moe_similarities
 from compressors.shrink.replace.counts import FEWEST_ON_A_BASE
 
-__all__ = ["contributions", "replaced_by_layer"]
+__all__ = ["contributions", "parts_of_change", "replaced_by_layer"]
 
 
 def contributions(statistics: LayerStatistics) -> torch.Tensor:
@@ -32,6 +32,12 @@ def contributions(statistics: LayerStatistics) -> torch.Tensor:
     """
     sums_E = statistics.gate_norm_sum_E
     return sums_E / sums_E.sum() if sums_E.sum() > 0 else torch.full_like(sums_E, 1 / len(sums_E))
+
+
+def parts_of_change(statistics: Sequence[LayerStatistics]) -> list[torch.Tensor]:
+    """Each expert's part of the change of the hidden states in its layer, as above: float64 [E] for each layer."""
+    changes_L = 1 - moe_similarities(statistics)
+    return [change * contributions(layer) for change, layer in zip(changes_L, statistics, strict=True)]
 
 
 def replaced_by_layer(statistics: Sequence[LayerStatistics], n_replaced: int) -> list[int]:
@@ -52,9 +58,7 @@ def replaced_by_layer(statistics: Sequence[LayerStatistics], n_replaced: int) ->
             f"{n_replaced} of {sum(sizes)} experts cannot be replaced: give a number from {FEWEST_ON_A_BASE} to "
             f"{sum(sizes)}"
         )
-    changes_L = 1 - moe_similarities(statistics)
-    parts = [change * contributions(layer) for change, layer in zip(changes_L, statistics, strict=True)]
-    least_first = torch.cat(parts).argsort(stable=True)
+    least_first = torch.cat(parts_of_change(statistics)).argsort(stable=True)
     layer_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     counts = torch.bincount(layer_of[least_first[:n_replaced]], minlength=len(sizes)).tolist()
     return _without_ones(counts, sizes)
