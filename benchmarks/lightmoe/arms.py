@@ -27,7 +27,8 @@ from compressors.shrink.replace.light_moe import LightMoE
 from compressors.shrink.replace.selection import parts_of_change, replaced_by_layer
 from compressors.shrink.slim.width import SlimWidth
 
-__all__ = ["ARMS", "COARSER", "LIGHT", "NO_ANNEAL", "NO_GROUPING", "NO_SELECTION", "PLAIN", "SHARES", "Arm", "removed"]
+__all__ = ["ARMS", "COARSER", "LIGHT", "NO_ANNEAL", "NO_GROUPING", "NO_SELECTION", "PLAIN", "REAP_BY_CHANGE", "SHARES"]
+__all__ += ["Arm", "removed"]
 
 SHARES = (0.3, 0.5)
 """Shares of the expert bytes that are to go."""
@@ -37,7 +38,7 @@ _FADE = 0.5
 _EXPERTS_RATE = 1e-3  # the best of a sweep on a selection split (benchmarks/results/recovery.md)
 _ROUTER_RATE = 3e-3
 _NORMS_RATE = 3e-4
-_SLIM_RATE = 3e-4  # narrow experts start well, and a higher rate ruins them
+_GOOD_START_RATE = 3e-4  # narrow and chosen experts start well, and a higher rate ruins them
 
 _FEWER_BITS: Mapping[float, Quantizer] = {
     0.3: ggml_quantizer(GGMLQuantizationType.Q5_0),
@@ -158,7 +159,7 @@ LIGHT, PLAIN, NO_ANNEAL = "LightMoE", "plain replacing", "LightMoE without annea
 NO_SELECTION, NO_GROUPING = "LightMoE without selection", "LightMoE without grouping"
 COARSER = "all experts at fewer bits"
 _REAP, _REAM, _SLIM = "REAP", "REAM", "SlimWidth"
-_REAP_BY_CHANGE = "REAP, layers as in LightMoE"
+REAP_BY_CHANGE = "REAP, layers as in LightMoE"
 
 
 def _arms() -> Iterator[Arm]:
@@ -167,21 +168,21 @@ def _arms() -> Iterator[Arm]:
     prune, merge = partial(_fewer, partial(Prune, "reap")), partial(_fewer, REAM)
     parts, experts = Scope.replaced_experts(), Scope.all_experts()
     trained = [
-        Arm(LIGHT, light, parts, _EXPERTS_RATE, _FADE),
+        Arm(LIGHT, light, parts, _GOOD_START_RATE, _FADE),
         Arm(PLAIN, plain, parts, _EXPERTS_RATE),
-        Arm(NO_ANNEAL, light, parts, _EXPERTS_RATE),
+        Arm(NO_ANNEAL, light, parts, _GOOD_START_RATE),
         Arm(f"{_REAP}, experts trained", prune, experts, _EXPERTS_RATE),
-        Arm(f"{_SLIM}, experts trained", _narrower, experts, _SLIM_RATE),
+        Arm(f"{_SLIM}, experts trained", _narrower, experts, _GOOD_START_RATE),
         Arm(f"{_REAP}, Router KD", prune, Scope.routers(), _ROUTER_RATE),
         Arm(f"{_REAM}, experts trained", merge, experts, _EXPERTS_RATE),
-        Arm(f"{_REAP_BY_CHANGE}, experts trained", _pruned_by_change, experts, _EXPERTS_RATE),
+        Arm(f"{REAP_BY_CHANGE}, experts trained", _pruned_by_change, experts, _EXPERTS_RATE),
         Arm(f"{COARSER}, norms trained", _coarser, Scope.routers_and_norms(), _NORMS_RATE),
         Arm(NO_SELECTION, plain, parts, _EXPERTS_RATE, _FADE, (0.5,)),
-        Arm(NO_GROUPING, ungrouped, parts, _EXPERTS_RATE, _FADE, (0.5,)),
+        Arm(NO_GROUPING, ungrouped, parts, _GOOD_START_RATE, _FADE, (0.5,)),
     ]
     untrained = [
         Arm(LIGHT, light), Arm(PLAIN, plain), Arm(_REAP, prune), Arm(_SLIM, _narrower), Arm(_REAM, merge),
-        Arm(_REAP_BY_CHANGE, _pruned_by_change), Arm(COARSER, _coarser), Arm(NO_GROUPING, ungrouped, shares=(0.5,)),
+        Arm(REAP_BY_CHANGE, _pruned_by_change), Arm(COARSER, _coarser), Arm(NO_GROUPING, ungrouped, shares=(0.5,)),
     ]  # fmt: skip
     yield from (replace(arm, name=f"{arm.name}, not trained") for arm in untrained[:1])
     yield from trained[:5]
