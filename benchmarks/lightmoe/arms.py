@@ -38,7 +38,7 @@ _FADE = 0.5
 _EXPERTS_RATE = 1e-3  # the best of a sweep on a selection split (benchmarks/results/recovery.md)
 _ROUTER_RATE = 3e-3
 _NORMS_RATE = 3e-4
-_GOOD_START_RATE = 3e-4  # narrow and chosen experts start well, and a higher rate ruins them
+_GOOD_START_RATE = 3e-4  # narrow experts and those chosen by their parts of the change start well; 1e-3 ruins them
 
 _FEWER_BITS: Mapping[float, Quantizer] = {
     0.3: ggml_quantizer(GGMLQuantizationType.Q5_0),
@@ -175,7 +175,7 @@ def _arms() -> Iterator[Arm]:
         Arm(f"{_SLIM}, experts trained", _narrower, experts, _GOOD_START_RATE),
         Arm(f"{_REAP}, Router KD", prune, Scope.routers(), _ROUTER_RATE),
         Arm(f"{_REAM}, experts trained", merge, experts, _EXPERTS_RATE),
-        Arm(f"{REAP_BY_CHANGE}, experts trained", _pruned_by_change, experts, _EXPERTS_RATE),
+        Arm(f"{REAP_BY_CHANGE}, experts trained", _pruned_by_change, experts, _GOOD_START_RATE),
         Arm(f"{COARSER}, norms trained", _coarser, Scope.routers_and_norms(), _NORMS_RATE),
         Arm(NO_SELECTION, plain, parts, _EXPERTS_RATE, _FADE, (0.5,)),
         Arm(NO_GROUPING, ungrouped, parts, _GOOD_START_RATE, _FADE, (0.5,)),
