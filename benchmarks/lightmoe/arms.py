@@ -89,7 +89,7 @@ def _light(*, selects: bool, groups: bool) -> Build:
         spec, numbers = teacher.spec, replacement_for(share, teacher.spec)
         counts = _even(numbers.n_replaced, spec.n_layers)
         if selects:
-            counts = replaced_by_layer(teacher.statistics, numbers.n_replaced)
+            counts = replaced_by_layer(teacher.statistics, numbers.n_replaced, numbers.n_bases)
         bases = bases_by_layer(counts, numbers.n_bases)
         methods = [
             LightMoE(count, n_bases, numbers.rank, selects, groups) if count else None

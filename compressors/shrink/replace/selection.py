@@ -40,14 +40,17 @@ def parts_of_change(statistics: Sequence[LayerStatistics]) -> list[torch.Tensor]
     return [change * contributions(layer) for change, layer in zip(changes_L, statistics, strict=True)]
 
 
-def replaced_by_layer(statistics: Sequence[LayerStatistics], n_replaced: int) -> list[int]:
-    """The number of experts that each layer replaces, none or at least two: those with the least parts of the change.
+def replaced_by_layer(statistics: Sequence[LayerStatistics], n_replaced: int, n_bases: int) -> list[int]:
+    """The number of experts that each layer replaces: those with the least parts of the change.
 
-    Of equal parts the earlier layer and the lower index go first.
+    A layer replaces none or at least two, and as many bases as there are find two experts each: where the least parts
+    leave too few pairs, layers with odd numbers give one expert to one another. Of equal parts the earlier layer and
+    the lower index go first.
 
     Args:
         statistics: each layer's.
         n_replaced: the experts that are replaced in all layers together.
+        n_bases: the bases that they stand on.
 
     Raises:
         InputError: there are not so many experts, or too few for two in a layer.
@@ -61,7 +64,7 @@ def replaced_by_layer(statistics: Sequence[LayerStatistics], n_replaced: int) ->
     least_first = torch.cat(parts_of_change(statistics)).argsort(stable=True)
     layer_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     counts = torch.bincount(layer_of[least_first[:n_replaced]], minlength=len(sizes)).tolist()
-    return _without_ones(counts, sizes)
+    return _in_pairs(_without_ones(counts, sizes), sizes, n_bases)
 
 
 def _without_ones(counts: list[int], sizes: Sequence[int]) -> list[int]:
@@ -74,4 +77,16 @@ def _without_ones(counts: list[int], sizes: Sequence[int]) -> list[int]:
         else:
             taker = next(layer for layer in range(len(counts)) if 1 < counts[layer] < sizes[layer])
             counts[lonely], counts[taker] = 0, counts[taker] + 1
+    return counts
+
+
+def _in_pairs(counts: list[int], sizes: Sequence[int], n_bases: int) -> list[int]:
+    """Moves experts between layers with odd numbers of them until there are so many pairs, or no more can be had."""
+    while sum(count // FEWEST_ON_A_BASE for count in counts) < n_bases:
+        odd = [layer for layer, count in enumerate(counts) if count % FEWEST_ON_A_BASE]
+        taker = next((layer for layer in odd if counts[layer] < sizes[layer]), None)
+        if taker is None or len(odd) < FEWEST_ON_A_BASE:
+            break
+        giver = max((layer for layer in odd if layer != taker), key=lambda layer: counts[layer])
+        counts[taker], counts[giver] = counts[taker] + 1, counts[giver] - 1
     return counts

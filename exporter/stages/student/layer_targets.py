@@ -129,7 +129,7 @@ def _edits(choice: CompressChoice, statistics: Sequence[LayerStatistics]) -> Seq
     if choice.edit != LIGHT_MOE.name:
         return [(made(choice.edit, choice.edit_size),)] * len(statistics)
     assert choice.replaced is not None and choice.bases is not None, "the recipe checks it"
-    counts = replaced_by_layer(statistics, choice.replaced)
+    counts = replaced_by_layer(statistics, choice.replaced, choice.bases)
     bases = bases_by_layer(counts, choice.bases)
     return [
         (LightMoE(count, n_bases, choice.edit_size),) if count else ()

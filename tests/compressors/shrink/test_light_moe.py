@@ -119,25 +119,34 @@ def test_layers_give_the_experts_of_least_share() -> None:
         _statistics([25, 25, 25, 25], 0.9),
         _statistics([4000, 4000, 1500, 500], 0.9),  # larger outputs do not count where they turn the states as much
     ]
-    assert replaced_by_layer(layers, 5) == [3, 0, 2]
-    assert replaced_by_layer(layers, 4) == [2, 0, 2]  # none is replaced alone
-    assert replaced_by_layer(layers, 2) == [2, 0, 0]
-    assert replaced_by_layer(layers, 12) == [4, 4, 4]
+    assert replaced_by_layer(layers, 5, 1) == [3, 0, 2]
+    assert replaced_by_layer(layers, 4, 1) == [2, 0, 2]  # none is replaced alone
+    assert replaced_by_layer(layers, 2, 1) == [2, 0, 0]
+    assert replaced_by_layer(layers, 12, 1) == [4, 4, 4]
     for number in range(2, 13):
-        counts = replaced_by_layer(layers, number)
+        counts = replaced_by_layer(layers, number, 1)
         assert sum(counts) == number and 1 not in counts and max(counts) <= 4
     with pytest.raises(InputError, match="give a number from 2 to 12"):
-        replaced_by_layer(layers, 1)
+        replaced_by_layer(layers, 1, 1)
 
 
 def test_a_layer_that_turns_the_states_keeps_its_experts() -> None:
     """A share of 0.02 in a layer that changes much is more than 0.25 in one that changes little."""
     turning, still, between = (_statistics([94, 2, 2, 2], 0.1), _statistics([1] * 4, 0.99), _statistics([1] * 4, 0.95))
-    assert replaced_by_layer([turning, still, between], 4) == [0, 4, 0]
-    assert replaced_by_layer([turning, still, between], 8) == [0, 4, 4]
-    assert replaced_by_layer([turning, still, between], 10) == [2, 4, 4]
+    assert replaced_by_layer([turning, still, between], 4, 1) == [0, 4, 0]
+    assert replaced_by_layer([turning, still, between], 8, 1) == [0, 4, 4]
+    assert replaced_by_layer([turning, still, between], 10, 1) == [2, 4, 4]
     against = _statistics([1] * 4, -0.5)  # a cosine below zero is a larger change than one of zero
-    assert replaced_by_layer([against, _statistics([1] * 4, 0.0)], 4) == [0, 4]
+    assert replaced_by_layer([against, _statistics([1] * 4, 0.0)], 4, 1) == [0, 4]
+
+
+def test_bases_find_two_experts_each() -> None:
+    """Odd numbers of experts leave one without a partner: layers even them out where there are many bases."""
+    layers = [_statistics([9] * 8, 0.1), _statistics([1] * 7 + [9], 0.96), _statistics([1] * 5 + [9] * 3, 0.97)]
+    assert replaced_by_layer(layers, 12, 3) == [0, 7, 5]
+    counts = replaced_by_layer(layers, 12, 6)
+    assert sum(counts) == 12 and all(count % 2 == 0 for count in counts)
+    assert bases_by_layer(counts, 6) == [count // 2 for count in counts]
 
 
 def test_bases_follow_the_replaced_experts() -> None:
