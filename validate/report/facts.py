@@ -196,7 +196,11 @@ def _rewritten_experts(report: Report) -> list[str]:
         return [f"{n_replaced} of them on {sum(layer['bases'] for layer in layers)} shared bases"]
     compress = find(report, "recipe", "compress") or {}
     if compress.get("replaced"):
-        return [f"{compress['replaced']} of them written whole from {compress['bases']} shared bases and adapters"]
+        n_replaced, n_bases = (
+            sum(value) if isinstance(value, list | tuple) else value
+            for value in (compress["replaced"], compress["bases"])
+        )
+        return [f"{n_replaced} of them written whole from {n_bases} shared bases and adapters"]
     return [f"rewritten by {compress['edit']}"] if compress.get("edit", "none") != "none" else []
 
 

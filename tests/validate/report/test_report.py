@@ -1017,6 +1017,10 @@ def test_layers_that_never_had_experts_have_lost_none(
             {"edit": "lightmoe", "replaced": 146, "bases": 36},
             ", 146 of them written whole from 36 shared bases and adapters",
         ),
+        (
+            {"edit": "lightmoe", "replaced": [0, 4, 6], "bases": [0, 1, 2]},
+            ", 10 of them written whole from 3 shared bases and adapters",
+        ),
         ({"edit": "svd", "replaced": None, "bases": None}, ", rewritten by svd"),
     ],
 )
