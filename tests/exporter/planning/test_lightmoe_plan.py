@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
+from compressors.calibration.statistics import LayerStatistics
 from compressors.model.config.reading import read_spec
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
@@ -22,6 +24,7 @@ from exporter.planning.plan import Search
 from exporter.planning.recipe import CompressChoice
 from exporter.planning.recovery import wish_for
 from exporter.searching.structures import replacements, replacing, structures_for
+from exporter.stages.student.layer_targets import placed_by_statistics
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +133,23 @@ def test_numbers_for_each_layer_are_described_as_they_stand(fine: ModelSpec) -> 
     assert tuple(len(bases.replaced) for bases in found) == by_layer["replaced"][1:]
     assert tuple(bases.n_bases for bases in found) == by_layer["bases"][1:]
     assert "146 experts in all on 36 bases" in described_compression(choice, fine)
+
+
+def test_statistics_place_what_a_recipe_gives_for_all_layers_together() -> None:
+    """The layer that turns the states more keeps its experts; what has its place, or replaces none, stays."""
+    layers = []
+    for cosine in (0.2, 0.98):
+        statistics = LayerStatistics.__new__(LayerStatistics)
+        statistics.gate_norm_sum_E = statistics.count_E = torch.ones(8, dtype=torch.float64)
+        statistics.n_tokens, statistics.moe_cosine_sum = torch.tensor(10.0), torch.tensor(10 * cosine)
+        layers.append(statistics)
+    choice = CompressChoice(experts=8, edit="lightmoe", edit_size=2, replaced=6, bases=2)
+    found = placed_by_statistics(choice, layers)
+    assert (found.replaced, found.bases) == ((0, 6), (0, 2))
+    assert (found.n_replaced, found.n_bases) == (choice.n_replaced, choice.n_bases) == (6, 2)
+    assert placed_by_statistics(found, layers[::-1]) == found
+    other = CompressChoice(experts=4, method="reap")
+    assert placed_by_statistics(other, layers) == other and other.n_replaced == 0
 
 
 @pytest.mark.parametrize(
