@@ -128,11 +128,11 @@ def _edits(choice: CompressChoice, statistics: Sequence[LayerStatistics]) -> Seq
         return [()] * len(statistics)
     if choice.edit != LIGHT_MOE.name:
         return [(made(choice.edit, choice.edit_size),)] * len(statistics)
-    choice = placed_by_statistics(choice, statistics)
-    assert isinstance(choice.replaced, tuple) and isinstance(choice.bases, tuple), "statistics have decided"
+    placed = placed_by_statistics(choice, statistics)
+    assert isinstance(placed.replaced, tuple) and isinstance(placed.bases, tuple), "statistics have decided"
     return [
         (LightMoE(count, n_bases, choice.edit_size),) if count else ()
-        for count, n_bases in zip(choice.replaced, choice.bases, strict=True)
+        for count, n_bases in zip(placed.replaced, placed.bases, strict=True)
     ]
 
 
