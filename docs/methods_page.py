@@ -110,9 +110,10 @@ FORMULAS: Mapping[str, tuple[str, str, str]] = {
     "lightmoe": (
         "arXiv 2603.12645; its formulas are ours",
         "share_e = sum over T_e of g_e(x) * ||f_e(x)|| / sum over all experts e' of the same\n"
+        "part_e = share_e * (1 - mean cos(h, h + MoE(norm(h))))\n"
         "W_i' = B + cut(P_i W_i - B, r),   B = sum over the group of share_i * P_i W_i / sum of share_i",
-        "Experts of the smallest shares are replaced: a base that a group shares, and a difference of rank r for each. "
-        "P_i puts neurons in the order of the member of the largest share. [More](lightmoe.md).",
+        "Experts of the smallest parts in all layers are replaced: a base that a group shares, and a difference of "
+        "rank r for each. P_i puts neurons in the order of the member of the largest share. [More](lightmoe.md).",
     ),
 }
 """By the method's name: where it is published, its formula, and the formula in words."""

@@ -17,16 +17,18 @@ from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.scopes import Scope
 from compressors.sensitivity import Quantizer, ggml_quantizer
 from compressors.sensitivity.quantizers import blocks_quantizer
+from compressors.shrink.allocation import allocate_globally
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from compressors.shrink.merge import REAM
 from compressors.shrink.moe_block import Method
 from compressors.shrink.prune import Prune
 from compressors.shrink.replace import bases_by_layer, replacement_for
 from compressors.shrink.replace.light_moe import LightMoE
-from compressors.shrink.replace.selection import contributions, replaced_by_layer
+from compressors.shrink.replace.selection import parts_of_change, replaced_by_layer
 from compressors.shrink.slim.width import SlimWidth
 
-__all__ = ["ARMS", "COARSER", "LIGHT", "NO_ANNEAL", "NO_GROUPING", "NO_SELECTION", "PLAIN", "SHARES", "Arm", "removed"]
+__all__ = ["ARMS", "COARSER", "LIGHT", "NO_ANNEAL", "NO_GROUPING", "NO_SELECTION", "PLAIN", "REAP_BY_CHANGE", "SHARES"]
+__all__ += ["Arm", "removed"]
 
 SHARES = (0.3, 0.5)
 """Shares of the expert bytes that are to go."""
@@ -36,7 +38,7 @@ _FADE = 0.5
 _EXPERTS_RATE = 1e-3  # the best of a sweep on a selection split (benchmarks/results/recovery.md)
 _ROUTER_RATE = 3e-3
 _NORMS_RATE = 3e-4
-_SLIM_RATE = 3e-4  # narrow experts start well, and a higher rate ruins them
+_GOOD_START_RATE = 3e-4  # narrow experts and those chosen by their parts of the change start well; 1e-3 ruins them
 
 _FEWER_BITS: Mapping[float, Quantizer] = {
     0.3: ggml_quantizer(GGMLQuantizationType.Q5_0),
@@ -87,7 +89,7 @@ def _light(*, selects: bool, groups: bool) -> Build:
         spec, numbers = teacher.spec, replacement_for(share, teacher.spec)
         counts = _even(numbers.n_replaced, spec.n_layers)
         if selects:
-            counts = replaced_by_layer([contributions(layer) for layer in teacher.statistics], numbers.n_replaced)
+            counts = replaced_by_layer(teacher.statistics, numbers.n_replaced, numbers.n_bases)
         bases = bases_by_layer(counts, numbers.n_bases)
         methods = [
             LightMoE(count, n_bases, numbers.rank, selects, groups) if count else None
@@ -104,6 +106,16 @@ def _fewer(method: Callable[[int], Method], teacher: Teacher, share: float) -> S
     counts = _even(round(spec.n_layers * spec.n_experts * (1 - share)), spec.n_layers)
     sizes = [MoeSize(count, spec.expert_width) for count in counts]
     return _compressed(teacher, sizes, [method(count) for count in counts])
+
+
+def _pruned_by_change(teacher: Teacher, share: float) -> Student:
+    """REAP with the layers' numbers by LightMoE's rule: the experts with the least parts of the change go."""
+    spec = teacher.spec
+    n_kept = round(spec.n_layers * spec.n_experts * (1 - share))
+    counts = allocate_globally(parts_of_change(teacher.statistics), n_kept, spec.top_k)
+    return _compressed(
+        teacher, [MoeSize(count, spec.expert_width) for count in counts], [Prune("reap", count) for count in counts]
+    )
 
 
 def _narrower(teacher: Teacher, share: float) -> Student:
@@ -147,6 +159,7 @@ LIGHT, PLAIN, NO_ANNEAL = "LightMoE", "plain replacing", "LightMoE without annea
 NO_SELECTION, NO_GROUPING = "LightMoE without selection", "LightMoE without grouping"
 COARSER = "all experts at fewer bits"
 _REAP, _REAM, _SLIM = "REAP", "REAM", "SlimWidth"
+REAP_BY_CHANGE = "REAP, layers as in LightMoE"
 
 
 def _arms() -> Iterator[Arm]:
@@ -155,20 +168,21 @@ def _arms() -> Iterator[Arm]:
     prune, merge = partial(_fewer, partial(Prune, "reap")), partial(_fewer, REAM)
     parts, experts = Scope.replaced_experts(), Scope.all_experts()
     trained = [
-        Arm(LIGHT, light, parts, _EXPERTS_RATE, _FADE),
+        Arm(LIGHT, light, parts, _GOOD_START_RATE, _FADE),
         Arm(PLAIN, plain, parts, _EXPERTS_RATE),
-        Arm(NO_ANNEAL, light, parts, _EXPERTS_RATE),
+        Arm(NO_ANNEAL, light, parts, _GOOD_START_RATE),
         Arm(f"{_REAP}, experts trained", prune, experts, _EXPERTS_RATE),
-        Arm(f"{_SLIM}, experts trained", _narrower, experts, _SLIM_RATE),
+        Arm(f"{_SLIM}, experts trained", _narrower, experts, _GOOD_START_RATE),
         Arm(f"{_REAP}, Router KD", prune, Scope.routers(), _ROUTER_RATE),
         Arm(f"{_REAM}, experts trained", merge, experts, _EXPERTS_RATE),
+        Arm(f"{REAP_BY_CHANGE}, experts trained", _pruned_by_change, experts, _GOOD_START_RATE),
         Arm(f"{COARSER}, norms trained", _coarser, Scope.routers_and_norms(), _NORMS_RATE),
         Arm(NO_SELECTION, plain, parts, _EXPERTS_RATE, _FADE, (0.5,)),
-        Arm(NO_GROUPING, ungrouped, parts, _EXPERTS_RATE, _FADE, (0.5,)),
+        Arm(NO_GROUPING, ungrouped, parts, _GOOD_START_RATE, _FADE, (0.5,)),
     ]
     untrained = [
         Arm(LIGHT, light), Arm(PLAIN, plain), Arm(_REAP, prune), Arm(_SLIM, _narrower), Arm(_REAM, merge),
-        Arm(COARSER, _coarser), Arm(NO_GROUPING, ungrouped, shares=(0.5,)),
+        Arm(REAP_BY_CHANGE, _pruned_by_change), Arm(COARSER, _coarser), Arm(NO_GROUPING, ungrouped, shares=(0.5,)),
     ]  # fmt: skip
     yield from (replace(arm, name=f"{arm.name}, not trained") for arm in untrained[:1])
     yield from trained[:5]

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import mean, stdev
 
-from benchmarks.lightmoe.arms import COARSER, LIGHT, NO_ANNEAL, NO_GROUPING, NO_SELECTION, PLAIN
+from benchmarks.lightmoe.arms import COARSER, LIGHT, NO_ANNEAL, NO_GROUPING, NO_SELECTION, PLAIN, REAP_BY_CHANGE
 from benchmarks.lightmoe.measure import HELDOUT_CHUNKS, TRAINING_BLOCKS, Measured
 from benchmarks.quality.table import Difference, csv_text
 
@@ -18,11 +18,14 @@ _EXPLANATION = f"""\
 # Replaced experts (LightMoE) beside pruned, merged, narrower and coarser ones
 
 Two small models lose 30 % and 50 % of their experts' bytes (*removed*: values, as counted). Every arm that is trained
-sees the same {TRAINING_BLOCKS} blocks of 512 tokens, once, and is taught by distillation. *KL* is the mean divergence
-from the original over the full vocabulary, in nats, of the second halves of {HELDOUT_CHUNKS} held-out chunks of 512
-tokens, five domains, in float32; *against LightMoE* is an arm's KL minus that of the trained LightMoE student, with two
-standard errors of the paired difference over the chunks. Plain replacing has neither selection nor anneal: each layer
-replaces as many, the first by number. Adapters have rank 8 (fine) and 16 (coarse), and a base stands
+sees the same {TRAINING_BLOCKS} blocks of 512 tokens, once, and is taught by distillation: experts at 1e-3, those of
+students that start well (LightMoE, SlimWidth, *{REAP_BY_CHANGE}*) at 3e-4, routers alone at
+3e-3. *KL* is the mean divergence from the original over the full vocabulary, in nats, of the second halves of
+{HELDOUT_CHUNKS} held-out chunks of 512 tokens, five domains, in float32; *against LightMoE* is an arm's KL minus that
+of the trained LightMoE student, with two standard errors of the paired difference over the chunks. Plain replacing has
+neither selection nor anneal: each layer
+replaces as many, the first by number. REAP and REAM keep as many experts in each layer, *{REAP_BY_CHANGE}* as many as
+LightMoE's rule for the layers leaves. Adapters have rank 8 (fine) and 16 (coarse), and a base stands
 under four experts. *{COARSER}* keeps every expert at 5.5 or 4.25 bits, 65 % or 50 % of the 8.5
 bits that the others would be stored at. An arm that stands in no table was not run. Written by `make lightmoe`.
 """

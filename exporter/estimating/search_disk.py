@@ -79,7 +79,7 @@ def _bytes_of_changed(choice: CompressChoice, teacher: ModelSpec, itemsize: int)
 def _n_experts(choice: CompressChoice, teacher: ModelSpec) -> float:
     """The number of all experts in relation to that of other structures."""
     if choice.apart and choice.bases is not None:
-        return choice.bases  # those that stay as they are lie in no overlay
+        return choice.n_bases  # those that stay as they are lie in no overlay
     n_layers = teacher.n_layers - choice.drop_blocks - choice.drop_moe_layers
     return n_layers * fmean(by_layer(choice.experts, 1, teacher.n_experts))
 

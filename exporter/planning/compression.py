@@ -16,7 +16,7 @@ from compressors.model.errors import InputError
 from compressors.shrink.dense import check_dense
 from compressors.shrink.needs import Needs
 from compressors.shrink.registry import LIGHT_MOE, METHODS, SLIM, expert_counts
-from compressors.shrink.replace import Replacement, spread
+from compressors.shrink.replace import Replacement, placed, spread
 from compressors.shrink.slim import check_width
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
@@ -66,14 +66,21 @@ def _expected_bases(choice: CompressChoice, experts: Sequence[int]) -> Sequence[
     if not choice.apart or choice.edit_size is None:
         return [None] * len(experts)
     if choice.edit == LIGHT_MOE.name:
-        return spread(_replacement(choice), experts)
+        return _bases_of_replaced(choice, experts)
     base, n_bases = (0, 1) if choice.edit == "d2-moe" else (SharedBases.ZERO, 0)
     return [SharedBases((base,) * n_experts, n_bases, choice.edit_size) for n_experts in experts]
 
 
-def _replacement(choice: CompressChoice) -> Replacement:
-    assert choice.replaced is not None and choice.bases is not None and choice.edit_size is not None
-    return Replacement(choice.replaced, choice.bases, choice.edit_size)
+def _bases_of_replaced(choice: CompressChoice, experts: Sequence[int]) -> Sequence[SharedBases | None]:
+    """The bases of each layer: those of a choice by layer, or any distribution while statistics have not decided.
+
+    Raises:
+        InputError: the numbers are not possible.
+    """
+    assert choice.edit_size is not None, "the recipe checks it"
+    if not isinstance(choice.replaced, tuple) or not isinstance(choice.bases, tuple):
+        return spread(Replacement(choice.n_replaced, choice.n_bases, choice.edit_size), experts)
+    return placed(choice.replaced, choice.bases, choice.edit_size, experts)
 
 
 def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
@@ -133,7 +140,7 @@ def _check_replacement(choice: CompressChoice, teacher: ModelSpec, n_moe: int) -
             "merged or be narrowed before: leave this out, or take another edit"
         )
     try:
-        spread(_replacement(choice), by_layer(choice.experts, n_moe, teacher.n_experts))
+        _bases_of_replaced(choice, by_layer(choice.experts, n_moe, teacher.n_experts))
     except InputError as error:
         raise InputError(f"compress.replaced and compress.bases: {error}") from None
 
@@ -200,7 +207,7 @@ def described_compression(choice: CompressChoice, teacher: ModelSpec) -> str:
     if choice.edit == LIGHT_MOE.name:
         apart = "" if choice.apart else ", multiplied out"
         parts.append(
-            f"{choice.replaced} experts in all on {choice.bases} bases with adapters of rank {choice.edit_size} "
+            f"{choice.n_replaced} experts in all on {choice.n_bases} bases with adapters of rank {choice.edit_size} "
             f"({choice.edit}{apart})"
         )
     elif choice.edit_size is not None:

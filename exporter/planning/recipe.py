@@ -73,6 +73,9 @@ RungLoss = Literal["kd", "next-token", "router-logits", "ka", "sar"]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 """A number of things; the bound is that of the integers in the files."""
 
+CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
+"""A number of things of which there may be none."""
+
 
 class _Part(BaseModel):
     """A part of a recipe. Unknown keys are refused: a misspelt choice must not pass for the default."""
@@ -155,8 +158,9 @@ class CompressChoice(_Part):
     width: Count | tuple[Count, ...] | None = None  # each expert's width; null: as it is
     edit: ExpertEdit = "none"  # how experts are rewritten
     edit_size: Count | None = None  # the rank; for mobe the number of bases
-    replaced: Count | None = None  # for lightmoe: the number of experts that it replaces, in all layers together
-    bases: Count | None = None  # for lightmoe: the number of bases that these stand on, likewise
+    replaced: Count | tuple[CountOrNone, ...] | None = None
+    """For lightmoe: the number of experts that it replaces, in all layers together, or one for each layer."""
+    bases: Count | tuple[CountOrNone, ...] | None = None  # for lightmoe: the number of their bases, likewise
     apart: bool = False  # bases and low-rank parts stay apart, which ONNX can hold; false: they are multiplied out
     student: Student = "moe"  # dense: each layer's experts become one feed-forward
     sequential: bool = False  # layers are judged on the outputs of the compressed layers before them
@@ -170,6 +174,8 @@ class CompressChoice(_Part):
             raise ValueError(
                 f"replaced and bases belong to edit {LIGHT_MOE.name}: give both with it, and not otherwise"
             )
+        if isinstance(self.replaced, tuple) != isinstance(self.bases, tuple):
+            raise ValueError("replaced and bases must both be one number, or both have one for each layer")
         if self.apart and self.edit not in APART:
             raise ValueError(
                 f"apart is for experts of bases and low-rank parts: edit must be one of {', '.join(APART)}"
@@ -178,10 +184,24 @@ class CompressChoice(_Part):
             raise ValueError("allocation is global, so experts must be one number, the mean of all layers")
         return self
 
+    @property
+    def n_replaced(self) -> int:
+        """The number of replaced experts, in all layers together."""
+        return _total(self.replaced)
+
+    @property
+    def n_bases(self) -> int:
+        """The number of their bases, in all layers together."""
+        return _total(self.bases)
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves out what most recipes do not say, so that theirs are as they always were."""
         return _without_unsaid(serialized(self), {"replaced": None, "bases": None, "apart": False})
+
+
+def _total(value: int | tuple[int, ...] | None) -> int:
+    return sum(value) if isinstance(value, tuple) else value or 0
 
 
 class RungChoice(_Part):

@@ -60,7 +60,7 @@ RECOVERIES = (
 )
 """Values of ``--recover``: the ladder, nothing, the published schedule, or one rung, ``SCOPE`` or ``SCOPE:LOSS``."""
 
-_RATES = {"router": 3e-3, "top-experts": 1e-3, "experts": 1e-3, "adapters": 3e-3, "replaced": 1e-3}
+_RATES = {"router": 3e-3, "top-experts": 1e-3, "experts": 1e-3, "adapters": 3e-3, "replaced": 3e-4}
 """Learning rates chosen on a selection split (docs/recovery.md), for a model of ``RATES_HIDDEN_SIZE``."""
 
 _FADE = 0.5

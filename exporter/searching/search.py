@@ -16,6 +16,7 @@ from compressors.model.errors import BudgetError, UnsupportedError
 from compressors.model.sources.student import Student
 from compressors.sensitivity import DivergenceModel, UnitPlan
 from exporter.planning.recipe import CompressChoice, FileChoice
+from exporter.planning.resulting_spec import layers_with_experts
 from exporter.searching.fitting import Fitted
 from exporter.searching.measuring import measured_divergence
 from exporter.searching.outlook import (
@@ -29,6 +30,8 @@ from exporter.searching.speed import most_seconds
 from exporter.searching.structures import MOST_STRUCTURES, structures_for, whole
 from exporter.searching.trial import Trial
 from exporter.searching.units import LAST_RESORT, fitting_mixes, units_of
+from exporter.stages.inputs import teacher_statistics
+from exporter.stages.student.layer_targets import placed_by_statistics
 from exporter.work.stage import StageContext
 
 __all__ = ["Candidate", "Search"]
@@ -88,7 +91,7 @@ class Search:
         self._wishes = context.plan.search
         self._recipe = context.plan.recipe
         self._source = context.plan.open_source()
-        self._structures = structures_for(self._wishes, self._source.spec)
+        self._structures = self._placed(structures_for(self._wishes, self._source.spec))
         self._n_measured = n_measured
         self._trials: dict[CompressChoice, Trial] = {}
         self._model = DivergenceModel()  # calibrated for each artifact as soon as a file of the original is measured
@@ -108,6 +111,12 @@ class Search:
         self.candidates += candidates
         measured = [candidate for candidate in candidates if candidate.measured is not None]
         return min(measured, key=_measured_divergence) if measured else options[0].candidate
+
+    def _placed(self, structures: Sequence[CompressChoice]) -> list[CompressChoice]:
+        """Says of each layer how many experts it replaces: types differ by layer, so the file's bytes depend on it."""
+        statistics = teacher_statistics(self._context.plan, self._context.work)
+        of_layers = [statistics[layer] for layer in layers_with_experts(self._source.spec)]
+        return [placed_by_statistics(choice, of_layers) for choice in structures]
 
     def remove_trials(self) -> None:
         """Removes the students that were built; their figures stay."""

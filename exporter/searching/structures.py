@@ -137,9 +137,7 @@ def expected_loss(choice: CompressChoice, spec: ModelSpec) -> float:
 
 def _replaced_share(choice: CompressChoice, spec: ModelSpec) -> float:
     """The share of the experts' values that replaced ones leave out, whether or not a file saves them."""
-    if choice.replaced is None or choice.bases is None:
-        return 0.0
-    return (choice.replaced - choice.bases) / sum(layer.n_experts for layer in spec.layers)
+    return (choice.n_replaced - choice.n_bases) / sum(layer.n_experts for layer in spec.layers)
 
 
 def _taken(total: int, left: int | tuple[int, ...] | None) -> float:

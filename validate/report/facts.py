@@ -183,13 +183,25 @@ def what_is_left(report: Report) -> str:
         parts.append(f"{n_teacher} experts per layer merged into {n_student}")
     else:
         parts.append(f"{n_student} of {n_teacher} experts per layer")
-    n_replaced = sum(base is not None for layer in _shared_bases(report) for base in layer["base_of"])
-    if n_replaced:
-        n_bases = sum(layer["bases"] for layer in _shared_bases(report))
-        parts.append(f"{n_replaced} of them on {n_bases} shared bases")
+    parts += _rewritten_experts(report)
     if student["expert_width"] < source["expert_width"]:
         parts.append(f"experts {student['expert_width']} of {source['expert_width']} wide")
     return ", ".join(parts)
+
+
+def _rewritten_experts(report: Report) -> list[str]:
+    """Says which experts have other values than the original's: those on shared bases, apart or whole, or all."""
+    if layers := _shared_bases(report):
+        n_replaced = sum(base is not None for layer in layers for base in layer["base_of"])
+        return [f"{n_replaced} of them on {sum(layer['bases'] for layer in layers)} shared bases"]
+    compress = find(report, "recipe", "compress") or {}
+    if compress.get("replaced"):
+        n_replaced, n_bases = (
+            sum(value) if isinstance(value, list | tuple) else value
+            for value in (compress["replaced"], compress["bases"])
+        )
+        return [f"{n_replaced} of them written whole from {n_bases} shared bases and adapters"]
+    return [f"rewritten by {compress['edit']}"] if compress.get("edit", "none") != "none" else []
 
 
 def _shared_bases(report: Report) -> list[Mapping[str, Any]]:

@@ -11,6 +11,7 @@ from compressors.shrink.replace.counts import (
     adapter_values,
     bases_by_layer,
     default_rank,
+    placed,
     replacement_for,
     spread,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "adapter_values",
     "bases_by_layer",
     "default_rank",
+    "placed",
     "replacement_for",
     "spread",
 ]

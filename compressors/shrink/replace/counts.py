@@ -17,6 +17,7 @@ __all__ = [
     "adapter_values",
     "bases_by_layer",
     "default_rank",
+    "placed",
     "replacement_for",
     "spread",
 ]
@@ -126,6 +127,34 @@ def spread(numbers: Replacement, n_experts: Sequence[int]) -> list[SharedBases |
         for count, n, of_layer in zip(counts, bases, n_experts, strict=False)
     ]
     return found + [None] * (len(n_experts) - n_layers)
+
+
+def placed(
+    counts: Sequence[int], bases: Sequence[int], rank: int, n_experts: Sequence[int]
+) -> list[SharedBases | None]:
+    """The description of layers that replace these numbers of experts, the first ones of each.
+
+    Args:
+        counts: the replaced experts of each layer.
+        bases: the bases of each layer.
+        rank: the adapters' rank.
+        n_experts: the experts of each layer.
+
+    Raises:
+        InputError: there is not a number for each layer, or a base would have fewer than two experts.
+    """
+    if not len(counts) == len(bases) == len(n_experts):
+        raise InputError(f"{len(counts)} and {len(bases)} numbers for {len(n_experts)} layers; give one for each")
+    found: list[SharedBases | None] = []
+    for count, n_bases, of_layer in zip(counts, bases, n_experts, strict=True):
+        if not (count == n_bases == 0 or FEWEST_ON_A_BASE <= FEWEST_ON_A_BASE * n_bases <= count <= of_layer):
+            raise InputError(
+                f"{count} of {of_layer} experts of a layer cannot stand on {n_bases} bases: give at least "
+                f"{FEWEST_ON_A_BASE} experts for each base, or none and no base"
+            )
+        base_of = (*(place % n_bases for place in range(count)), *[None] * (of_layer - count))
+        found.append(SharedBases(base_of, n_bases, rank) if count else None)
+    return found
 
 
 def _values(layer: LayerSpec) -> int:

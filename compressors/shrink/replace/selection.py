@@ -1,9 +1,14 @@
 """Decides how many experts of each layer are replaced.
 
 LightMoE's formula is not public (Hao et al., arXiv 2603.12645): what is known is that each layer has a threshold of its
-own. Ours follows from one rule: the experts of least contribution are replaced, whatever their layer, where a
-contribution is a share of its layer's. So a layer that leans on few experts gives many, and one whose experts are all
-busy keeps them.
+own. Ours follows from one rule: the experts that change the hidden states least are replaced, whatever their layer. An
+expert's part of that change is
+
+    (1 - mean over all tokens of cos(x, x + MoE(norm(x)))) * sum over T_e of g ||f|| / sum over all e' of the same,
+
+with T_e the tokens that chose the expert, g its gate and f its output there, and x the states that enter the layer's
+feed-forward. So a layer that turns the states keeps its experts, as the first layer of both trained models does, and
+one whose outputs are small beside the states gives many.
 """
 
 from __future__ import annotations
@@ -14,9 +19,10 @@ import torch
 
 from compressors.calibration.statistics import LayerStatistics
 from compressors.model.errors import InputError
+from compressors.shrink.drop import moe_similarities
 from compressors.shrink.replace.counts import FEWEST_ON_A_BASE
 
-__all__ = ["contributions", "replaced_by_layer"]
+__all__ = ["contributions", "parts_of_change", "replaced_by_layer"]
 
 
 def contributions(statistics: LayerStatistics) -> torch.Tensor:
@@ -28,29 +34,37 @@ def contributions(statistics: LayerStatistics) -> torch.Tensor:
     return sums_E / sums_E.sum() if sums_E.sum() > 0 else torch.full_like(sums_E, 1 / len(sums_E))
 
 
-def replaced_by_layer(shares: Sequence[torch.Tensor], n_replaced: int) -> list[int]:
-    """The number of experts that each layer replaces, none or at least two: those with the model's lowest shares.
+def parts_of_change(statistics: Sequence[LayerStatistics]) -> list[torch.Tensor]:
+    """Each expert's part of the change of the hidden states in its layer, as above: float64 [E] for each layer."""
+    changes_L = 1 - moe_similarities(statistics)
+    return [change * contributions(layer) for change, layer in zip(changes_L, statistics, strict=True)]
 
-    A share is multiplied by the number of the layer's experts, so that layers of different sizes compare. Of equal
-    shares the earlier layer and the lower index go first.
+
+def replaced_by_layer(statistics: Sequence[LayerStatistics], n_replaced: int, n_bases: int) -> list[int]:
+    """The number of experts that each layer replaces: those with the least parts of the change.
+
+    A layer replaces none or at least two, and as many bases as there are find two experts each: where the least parts
+    leave too few pairs, layers with odd numbers give one expert to one another. Of equal parts the earlier layer and
+    the lower index go first.
 
     Args:
-        shares: each layer's :func:`contributions`.
+        statistics: each layer's.
         n_replaced: the experts that are replaced in all layers together.
+        n_bases: the bases that they stand on.
 
     Raises:
         InputError: there are not so many experts, or too few for two in a layer.
     """
-    sizes = [len(shares_E) for shares_E in shares]
+    sizes = [len(layer.count_E) for layer in statistics]
     if not FEWEST_ON_A_BASE <= n_replaced <= sum(sizes):
         raise InputError(
             f"{n_replaced} of {sum(sizes)} experts cannot be replaced: give a number from {FEWEST_ON_A_BASE} to "
             f"{sum(sizes)}"
         )
-    lowest_first = torch.cat([shares_E * len(shares_E) for shares_E in shares]).argsort(stable=True)
+    least_first = torch.cat(parts_of_change(statistics)).argsort(stable=True)
     layer_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    counts = torch.bincount(layer_of[lowest_first[:n_replaced]], minlength=len(sizes)).tolist()
-    return _without_ones(counts, sizes)
+    counts = torch.bincount(layer_of[least_first[:n_replaced]], minlength=len(sizes)).tolist()
+    return _in_pairs(_without_ones(counts, sizes), sizes, n_bases)
 
 
 def _without_ones(counts: list[int], sizes: Sequence[int]) -> list[int]:
@@ -63,4 +77,16 @@ def _without_ones(counts: list[int], sizes: Sequence[int]) -> list[int]:
         else:
             taker = next(layer for layer in range(len(counts)) if 1 < counts[layer] < sizes[layer])
             counts[lonely], counts[taker] = 0, counts[taker] + 1
+    return counts
+
+
+def _in_pairs(counts: list[int], sizes: Sequence[int], n_bases: int) -> list[int]:
+    """Moves experts between layers with odd numbers of them until there are so many pairs, or no more can be had."""
+    while sum(count // FEWEST_ON_A_BASE for count in counts) < n_bases:
+        odd = [layer for layer, count in enumerate(counts) if count % FEWEST_ON_A_BASE]
+        taker = next((layer for layer in odd if counts[layer] < sizes[layer]), None)
+        if taker is None or len(odd) < FEWEST_ON_A_BASE:
+            break
+        giver = max((layer for layer in odd if layer != taker), key=lambda layer: counts[layer])
+        counts[taker], counts[giver] = counts[taker] + 1, counts[giver] - 1
     return counts

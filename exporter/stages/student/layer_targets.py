@@ -20,13 +20,13 @@ from compressors.shrink.prune import Prune
 from compressors.shrink.registry import LIGHT_MOE, METHODS, made
 from compressors.shrink.replace import bases_by_layer
 from compressors.shrink.replace.light_moe import LightMoE
-from compressors.shrink.replace.selection import contributions, replaced_by_layer
+from compressors.shrink.replace.selection import replaced_by_layer
 from compressors.shrink.slim.width import SlimWidth
 from exporter.planning.compression import by_layer
 from exporter.planning.recipe import CompressChoice
 from exporter.planning.resulting_spec import condensed_size, layers_with_experts
 
-__all__ = ["layer_targets"]
+__all__ = ["layer_targets", "placed_by_statistics"]
 
 
 def layer_targets(
@@ -128,10 +128,21 @@ def _edits(choice: CompressChoice, statistics: Sequence[LayerStatistics]) -> Seq
         return [()] * len(statistics)
     if choice.edit != LIGHT_MOE.name:
         return [(made(choice.edit, choice.edit_size),)] * len(statistics)
-    assert choice.replaced is not None and choice.bases is not None, "the recipe checks it"
-    counts = replaced_by_layer([contributions(layer) for layer in statistics], choice.replaced)
-    bases = bases_by_layer(counts, choice.bases)
+    placed = placed_by_statistics(choice, statistics)
+    assert isinstance(placed.replaced, tuple) and isinstance(placed.bases, tuple), "statistics have decided"
     return [
         (LightMoE(count, n_bases, choice.edit_size),) if count else ()
-        for count, n_bases in zip(counts, bases, strict=True)
+        for count, n_bases in zip(placed.replaced, placed.bases, strict=True)
     ]
+
+
+def placed_by_statistics(choice: CompressChoice, statistics: Sequence[LayerStatistics]) -> CompressChoice:
+    """The choice with numbers of replaced experts and of bases for each layer, by the statistics of these layers.
+
+    A choice that has them already, or replaces no experts, stays as it is.
+    """
+    if choice.edit != LIGHT_MOE.name or isinstance(choice.replaced, tuple):
+        return choice
+    counts = replaced_by_layer(statistics, choice.n_replaced, choice.n_bases)
+    bases = bases_by_layer(counts, choice.n_bases)
+    return choice.model_copy(update={"replaced": tuple(counts), "bases": tuple(bases)})

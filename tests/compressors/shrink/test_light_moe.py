@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -104,21 +104,49 @@ def test_groups_join_the_most_similar_and_leave_nobody_alone(trained: tuple[MoeB
     assert by_number([7, 1, 4, 2, 9], 2) == ((1, 2, 4), (7, 9))
 
 
+def _statistics(gate_norms: Sequence[float], cosine: float) -> LayerStatistics:
+    """Statistics of ten tokens whose mean cosine before and behind the feed-forward is this."""
+    statistics = LayerStatistics.__new__(LayerStatistics)
+    statistics.gate_norm_sum_E = torch.tensor(gate_norms, dtype=torch.float64)
+    statistics.count_E = torch.ones(len(gate_norms), dtype=torch.float64)
+    statistics.n_tokens, statistics.moe_cosine_sum = torch.tensor(10.0), torch.tensor(10 * cosine)
+    return statistics
+
+
 def test_layers_give_the_experts_of_least_share() -> None:
-    shares = [
-        torch.tensor([0.94, 0.02, 0.02, 0.02]),  # leans on one expert
-        torch.tensor([0.25, 0.25, 0.25, 0.25]),
-        torch.tensor([0.4, 0.4, 0.15, 0.05]),
+    layers = [
+        _statistics([94, 2, 2, 2], 0.9),  # leans on one expert
+        _statistics([25, 25, 25, 25], 0.9),
+        _statistics([4000, 4000, 1500, 500], 0.9),  # larger outputs do not count where they turn the states as much
     ]
-    assert replaced_by_layer(shares, 5) == [3, 0, 2]
-    assert replaced_by_layer(shares, 4) == [2, 0, 2]  # none is replaced alone
-    assert replaced_by_layer(shares, 2) == [2, 0, 0]
-    assert replaced_by_layer(shares, 12) == [4, 4, 4]
+    assert replaced_by_layer(layers, 5, 1) == [3, 0, 2]
+    assert replaced_by_layer(layers, 4, 1) == [2, 0, 2]  # none is replaced alone
+    assert replaced_by_layer(layers, 2, 1) == [2, 0, 0]
+    assert replaced_by_layer(layers, 12, 1) == [4, 4, 4]
     for number in range(2, 13):
-        counts = replaced_by_layer(shares, number)
+        counts = replaced_by_layer(layers, number, 1)
         assert sum(counts) == number and 1 not in counts and max(counts) <= 4
     with pytest.raises(InputError, match="give a number from 2 to 12"):
-        replaced_by_layer(shares, 1)
+        replaced_by_layer(layers, 1, 1)
+
+
+def test_a_layer_that_turns_the_states_keeps_its_experts() -> None:
+    """A share of 0.02 in a layer that changes much is more than 0.25 in one that changes little."""
+    turning, still, between = (_statistics([94, 2, 2, 2], 0.1), _statistics([1] * 4, 0.99), _statistics([1] * 4, 0.95))
+    assert replaced_by_layer([turning, still, between], 4, 1) == [0, 4, 0]
+    assert replaced_by_layer([turning, still, between], 8, 1) == [0, 4, 4]
+    assert replaced_by_layer([turning, still, between], 10, 1) == [2, 4, 4]
+    against = _statistics([1] * 4, -0.5)  # a cosine below zero is a larger change than one of zero
+    assert replaced_by_layer([against, _statistics([1] * 4, 0.0)], 4, 1) == [0, 4]
+
+
+def test_bases_find_two_experts_each() -> None:
+    """Odd numbers of experts leave one without a partner: layers even them out where there are many bases."""
+    layers = [_statistics([9] * 8, 0.1), _statistics([1] * 7 + [9], 0.96), _statistics([1] * 5 + [9] * 3, 0.97)]
+    assert replaced_by_layer(layers, 12, 3) == [0, 7, 5]
+    counts = replaced_by_layer(layers, 12, 6)
+    assert sum(counts) == 12 and all(count % 2 == 0 for count in counts)
+    assert bases_by_layer(counts, 6) == [count // 2 for count in counts]
 
 
 def test_bases_follow_the_replaced_experts() -> None:
@@ -131,10 +159,7 @@ def test_bases_follow_the_replaced_experts() -> None:
 
 
 def test_experts_without_tokens_count_alike() -> None:
-    silent = torch.zeros(3, dtype=torch.float64)
-    statistics = LayerStatistics.__new__(LayerStatistics)
-    statistics.gate_norm_sum_E = silent
-    assert contributions(statistics).tolist() == [1 / 3] * 3
+    assert contributions(_statistics([0, 0, 0], 1)).tolist() == [1 / 3] * 3
 
 
 @pytest.mark.parametrize(("n_replaced", "n_bases", "rank"), [(3, 2, 4), (2, 0, 4), (33, 2, 4), (4, 2, 0)])

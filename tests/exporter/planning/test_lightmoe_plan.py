@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
+from compressors.calibration.statistics import LayerStatistics
 from compressors.model.config.reading import read_spec
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.shrink.replace import Replacement, replacement_for, spread
+from compressors.shrink.replace import Replacement, placed, replacement_for, spread
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
 from exporter.planning.compression import described_compression, expected_spec
@@ -22,6 +24,7 @@ from exporter.planning.plan import Search
 from exporter.planning.recipe import CompressChoice
 from exporter.planning.recovery import wish_for
 from exporter.searching.structures import replacements, replacing, structures_for
+from exporter.stages.student.layer_targets import placed_by_statistics
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,54 @@ def test_the_containers_see_bases_only_where_they_stay_apart(fine: ModelSpec) ->
     assert text in described_compression(choice, fine)
 
 
+def test_numbers_for_each_layer_are_described_as_they_stand(fine: ModelSpec) -> None:
+    by_layer = {"replaced": (0, 30, 31, 28, 28, 29), "bases": (0, 7, 8, 7, 7, 7)}
+    choice = CompressChoice.model_validate(
+        {"experts": 32, "edit": "lightmoe", "edit_size": 8, "apart": True} | by_layer
+    )
+    assert CompressChoice.model_validate(yaml.safe_load(yaml.safe_dump(choice.model_dump(mode="json")))) == choice
+    layers = expected_spec(choice, fine).layers
+    assert layers[0].bases is None
+    found = [layer.bases for layer in layers if layer.bases is not None]
+    assert tuple(len(bases.replaced) for bases in found) == by_layer["replaced"][1:]
+    assert tuple(bases.n_bases for bases in found) == by_layer["bases"][1:]
+    assert "146 experts in all on 36 bases" in described_compression(choice, fine)
+
+
+def test_statistics_place_what_a_recipe_gives_for_all_layers_together() -> None:
+    """The layer that turns the states more keeps its experts; what has its place, or replaces none, stays."""
+    layers = []
+    for cosine in (0.2, 0.98):
+        statistics = LayerStatistics.__new__(LayerStatistics)
+        statistics.gate_norm_sum_E = statistics.count_E = torch.ones(8, dtype=torch.float64)
+        statistics.n_tokens, statistics.moe_cosine_sum = torch.tensor(10.0), torch.tensor(10 * cosine)
+        layers.append(statistics)
+    choice = CompressChoice(experts=8, edit="lightmoe", edit_size=2, replaced=6, bases=2)
+    found = placed_by_statistics(choice, layers)
+    assert (found.replaced, found.bases) == ((0, 6), (0, 2))
+    assert (found.n_replaced, found.n_bases) == (choice.n_replaced, choice.n_bases) == (6, 2)
+    assert placed_by_statistics(found, layers[::-1]) == found
+    other = CompressChoice(experts=4, method="reap")
+    assert placed_by_statistics(other, layers) == other and other.n_replaced == 0
+
+
+@pytest.mark.parametrize(
+    ("replaced", "bases", "message"),
+    [
+        ((2, 2), (1, 1), "2 and 2 numbers for 6 layers"),
+        ((2, 3, 0, 0, 0, 0), (1, 2, 0, 0, 0, 0), "3 of 32 experts of a layer cannot stand on 2 bases"),
+        ((2, 33, 0, 0, 0, 0), (1, 2, 0, 0, 0, 0), "33 of 32 experts of a layer"),
+        ((2, 4, 0, 0, 0, 0), (1, 0, 0, 0, 0, 0), "4 of 32 experts of a layer cannot stand on 0 bases"),
+        ((2, 0, 0, 0, 0, 0), (1, 1, 0, 0, 0, 0), "0 of 32 experts of a layer cannot stand on 1 bases"),
+    ],
+)
+def test_numbers_of_layers_that_are_not_possible_are_refused(
+    fine: ModelSpec, replaced: tuple[int, ...], bases: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        placed(replaced, bases, 8, [fine.n_experts] * fine.n_layers)
+
+
 @pytest.mark.parametrize(("edit", "n_bases"), [("svd", 0), ("d2-moe", 1)])
 def test_other_factors_may_stay_apart(fine: ModelSpec, edit: str, n_bases: int) -> None:
     choice = CompressChoice.model_validate({"experts": 32, "edit": edit, "edit_size": 4, "apart": True})
@@ -132,6 +183,7 @@ def test_other_factors_may_stay_apart(fine: ModelSpec, edit: str, n_bases: int) 
     [
         ({"edit": "lightmoe", "edit_size": 4}, "replaced and bases belong to edit lightmoe"),
         ({"edit": "svd", "edit_size": 4, "replaced": 4, "bases": 1}, "replaced and bases belong to edit lightmoe"),
+        ({"edit": "lightmoe", "edit_size": 4, "replaced": (2, 2), "bases": 2}, "replaced and bases must both be one"),
         ({"edit": "mobe", "edit_size": 4, "apart": True}, "apart is for experts of bases and low-rank parts"),
         ({"apart": True}, "apart is for experts of bases and low-rank parts"),
     ],

@@ -99,7 +99,7 @@ def test_replaced_experts_arrive_in_onnx_and_in_the_saved_student(
     tiny_recipe: Path, toy_command: Command, run_command: Run, tmp_path: Path
 ) -> None:
     """Bases and adapters are taught, written as predicted, and put together again by who loads the student."""
-    numbers = {"edit": "lightmoe", "edit_size": 8, "replaced": 29, "bases": 7, "apart": True}
+    numbers = {"edit": "lightmoe", "edit_size": 8, "replaced": [0, 29], "bases": [0, 7], "apart": True}
     rung = {"scope": "replaced", "blocks": 2, "blocks_per_step": 1, "learning_rate": 1e-4, "fade": 0.5}
     recipe = _write_recipe(
         tiny_recipe,

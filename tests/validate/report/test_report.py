@@ -1009,6 +1009,33 @@ def test_layers_that_never_had_experts_have_lost_none(
     assert facts.what_is_left(report) == left
 
 
+@pytest.mark.parametrize(
+    ("compress", "said"),
+    [
+        ({"edit": "none", "replaced": None, "bases": None}, ""),
+        (
+            {"edit": "lightmoe", "replaced": 146, "bases": 36},
+            ", 146 of them written whole from 36 shared bases and adapters",
+        ),
+        (
+            {"edit": "lightmoe", "replaced": [0, 4, 6], "bases": [0, 1, 2]},
+            ", 10 of them written whole from 3 shared bases and adapters",
+        ),
+        ({"edit": "svd", "replaced": None, "bases": None}, ", rewritten by svd"),
+    ],
+)
+def test_experts_with_other_values_are_said_to_have_them(
+    report: dict[str, Any], compress: dict[str, Any], said: str
+) -> None:
+    """Without a word on it a card of multiplied-out experts would read as if they were the original's."""
+    report["student"] |= {"n_experts": 32, "fewest_experts": 32}
+    report["recipe"] = {"compress": compress}
+    assert facts.what_is_left(report) == f"all 32 experts{said}"
+    layers = [{"source": 0, "shared": {"base_of": [0, 0, None, 1, 1], "bases": 2, "rank": 8}}]
+    report["student"]["expert_map"] = {"layers": layers}
+    assert facts.what_is_left(report) == "all 32 experts, 4 of them on 2 shared bases"
+
+
 def test_a_layer_without_experts_is_no_sign_of_pruning(report: dict[str, Any]) -> None:
     report["student"]["kept"] = [None, *_kept(5, 32, 32)]
     assert charts.expert_grid(report) is None
