@@ -112,7 +112,7 @@ SENSITIVITY = Stage(
 COMPRESS = Stage(
     "compress",
     "student.compress",
-    version=3,
+    version=4,
     what="compress the experts",
     reads=_BLOCKS | files_of("calibrate", STATISTICS),
     writes=(EXPERT_MAP, OVERLAY, STATISTICS),

@@ -123,8 +123,8 @@ def spread(numbers: Replacement, n_experts: Sequence[int]) -> list[SharedBases |
     counts = [total // n_layers + (layer < total % n_layers) for layer in range(n_layers)]
     bases = bases_by_layer(counts, numbers.n_bases)
     found: list[SharedBases | None] = [
-        SharedBases((*(place % n for place in range(count)), *[None] * (of_layer - count)), n, numbers.rank)
-        for count, n, of_layer in zip(counts, bases, n_experts, strict=False)
+        SharedBases(_places(layer, count, n, of_layer), n, numbers.rank)
+        for layer, (count, n, of_layer) in enumerate(zip(counts, bases, n_experts, strict=False))
     ]
     return found + [None] * (len(n_experts) - n_layers)
 
@@ -132,7 +132,7 @@ def spread(numbers: Replacement, n_experts: Sequence[int]) -> list[SharedBases |
 def placed(
     counts: Sequence[int], bases: Sequence[int], rank: int, n_experts: Sequence[int]
 ) -> list[SharedBases | None]:
-    """The description of layers that replace these numbers of experts, the first ones of each.
+    """A description of layers that replace these numbers of experts: for sizes, before statistics have decided which.
 
     Args:
         counts: the replaced experts of each layer.
@@ -146,15 +146,21 @@ def placed(
     if not len(counts) == len(bases) == len(n_experts):
         raise InputError(f"{len(counts)} and {len(bases)} numbers for {len(n_experts)} layers; give one for each")
     found: list[SharedBases | None] = []
-    for count, n_bases, of_layer in zip(counts, bases, n_experts, strict=True):
+    for layer, (count, n_bases, of_layer) in enumerate(zip(counts, bases, n_experts, strict=True)):
         if not (count == n_bases == 0 or FEWEST_ON_A_BASE <= FEWEST_ON_A_BASE * n_bases <= count <= of_layer):
             raise InputError(
                 f"{count} of {of_layer} experts of a layer cannot stand on {n_bases} bases: give at least "
                 f"{FEWEST_ON_A_BASE} experts for each base, or none and no base"
             )
-        base_of = (*(place % n_bases for place in range(count)), *[None] * (of_layer - count))
-        found.append(SharedBases(base_of, n_bases, rank) if count else None)
+        found.append(SharedBases(_places(layer, count, n_bases, of_layer), n_bases, rank) if count else None)
     return found
+
+
+def _places(layer: int, n_replaced: int, n_bases: int, n_experts: int) -> tuple[int | None, ...]:
+    """A base for each replaced expert. No two layers are alike, as in a student, where a graph stores each one's."""
+    first = layer % n_experts
+    base_of = [*(place % n_bases for place in range(n_replaced)), *[None] * (n_experts - n_replaced)]
+    return (*base_of[first:], *base_of[:first])
 
 
 def _values(layer: LayerSpec) -> int:
