@@ -8,9 +8,9 @@ with the cache that other texts are written with, one token of each text in a pa
 (:func:`compressors.recover.sampling.continue_texts`); by checked rows without drafts; and drafted by files of several
 types. The logits of every token are compared to the last bit.
 
-Random weights accept hardly any draft. So for a large shape the tokens are prescribed: in the place of the model's
-choice stands a fixed random text, and drafts are right as often as those of the trained models. Every product, and
-every byte that is read, is that of a real run. Seconds are of the processor, all threads together.
+For a large shape of random weights the tokens are prescribed: in the place of the model's choice stands a fixed random
+text, so that drafts are right as often as those of the trained models. Every product, and every byte that is read, is
+that of a real run. Seconds are of the processor, all threads together.
 """
 
 from __future__ import annotations
