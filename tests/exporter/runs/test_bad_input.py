@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -191,7 +192,9 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_that_can(
     command += _given(small_texts)
     result = run_command([*command, "--budget", "1MB"])
     assert result.returncode == 3
-    smallest = result.stderr.strip().rsplit(" ", 1)[1]
+    found = re.search(r"smallest budget that works is --budget (\d+B), and GGUF alone fits yours", result.stderr)
+    assert found is not None, result.stderr
+    smallest = found[1]
     assert list(tmp_path.iterdir()) == []
     assert run_command([*command, "--budget", smallest, "--dry-run"]).returncode == 0
     too_little = f"{int(smallest[:-1]) - 1}B"
