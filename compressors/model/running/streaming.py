@@ -184,15 +184,9 @@ class StreamedModel:
         return None if self._limit is None else self._limit.spill
 
     def reserve(self, sizes: Iterable[int]) -> int | None:
-        """Keeps memory for arrays beside a layer; further layers stay in memory only if they fit too.
+        """Keeps memory for arrays beside a layer, of the first of these sizes that fits; None if none does.
 
-        Call it before the first pass.
-
-        Args:
-            sizes: bytes, the preferred size first.
-
-        Returns:
-            The first size that fits; None if none does.
+        Further layers stay in memory only if they fit too. Call it before the first pass.
         """
         for n_bytes in sizes:
             self._placement = None
