@@ -129,7 +129,8 @@ def _cache(model: StreamedModel, n_texts: int, n_tokens: int, dtype: torch.dtype
     choices = range(model.spec.n_layers, -1, -1)
     sizes = [cache_bytes(model.spec, n_texts, n_tokens, dtype, n_in_memory) for n_in_memory in choices]
     fitting = model.reserve(sizes)
-    return TextCache(n_texts, n_tokens, model.spill, 0 if fitting is None else choices[sizes.index(fitting)])
+    spill = None if model.limit is None else model.limit.spill
+    return TextCache(n_texts, n_tokens, spill, 0 if fitting is None else choices[sizes.index(fitting)])
 
 
 class _DraftLengths:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,7 +101,7 @@ class StreamedModel:
         self.factors = dict(factors or {})
         self.trained_experts = dict(trained_experts or {})
         self.device = device or torch.device("cpu")
-        self._limit = limit
+        self.limit = limit
         self._check_finite = check_finite
         self._placement: Placement | None = None
         self._reader: LayerReader | None = None
@@ -177,11 +176,6 @@ class StreamedModel:
         """Token blocks in one call of a layer; fewer where tokens use more experts than the router's top-k."""
         n_blocks = blocks_at_once(dtype)
         return n_blocks if self.choice is None else max(1, n_blocks * self.spec.top_k // self.choice.n_chosen)
-
-    @property
-    def spill(self) -> Path | None:
-        """The folder for what does not fit the memory limit; None without a limit."""
-        return None if self._limit is None else self._limit.spill
 
     def reserve(self, sizes: Iterable[int]) -> int | None:
         """Keeps memory for arrays beside a layer, of the first of these sizes that fits; None if none does.
@@ -317,7 +311,7 @@ class StreamedModel:
     def release(self) -> None:
         """Drops all weights; another pass reads them again, and decides again where weights and states lie."""
         self._reader = self._placement = None
-        if self._limit is not None:
+        if self.limit is not None:
             give_back_freed()
 
     def trained(self, layer: int | None) -> dict[tuple[str, int | None], torch.Tensor]:
@@ -362,7 +356,7 @@ class StreamedModel:
     def _place(self, hidden_bytes: int) -> Placement:
         """The placement of weights and hidden states; the first call decides it for all later ones."""
         if self._placement is None:
-            self._placement = place(self._limit, self.spec, layer_bytes(self.student), hidden_bytes)
+            self._placement = place(self.limit, self.spec, layer_bytes(self.student), hidden_bytes)
         return self._placement
 
     def _visit(self, order: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
@@ -376,7 +370,7 @@ class StreamedModel:
             )
         for index, weights in self._reader.visit(order):
             yield index, weights
-            if self._limit is not None:
+            if self.limit is not None:
                 give_back_freed()
 
     def _read(self, role: Role) -> torch.Tensor:
