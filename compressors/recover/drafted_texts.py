@@ -7,8 +7,9 @@ random numbers, so the texts are those that the model writes alone, for every dr
 al., Coupling without Communication and Drafter-Invariant Speculative Decoding, arXiv 2408.07978).
 
 For that a position's logits must not depend on its company. A drafted position is a row of its own, with the same
-number of cached keys in every call, and products take at least 16 rows, in multiples of 16: from there on the rows of
-a product do not depend on each other in the libraries that were measured (MKL; ``benchmarks/texts.py``).
+number of cached keys in every call, attention is made of plain products, and products take at least 16 rows, in
+multiples of 16: from there on the rows of a product do not depend on each other in the libraries that were measured
+(MKL; ``benchmarks/texts.py``).
 
 Letters: L different prompts of P positions, N new tokens, n rows, each one position of a text.
 """
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compressors.model.running.experts import ROWS_OF_A_PRODUCT, padded_products
 from compressors.model.running.masks import SinglePositions
@@ -128,9 +130,9 @@ def _cache(model: StreamedModel, n_texts: int, n_tokens: int, dtype: torch.dtype
     """A cache with the keys and values of as many layers in memory as its limit has room for."""
     choices = range(model.spec.n_layers, -1, -1)
     sizes = [cache_bytes(model.spec, n_texts, n_tokens, dtype, n_in_memory) for n_in_memory in choices]
-    fitting = model.reserve(sizes)
+    found = model.reserve(sizes)
     spill = None if model.limit is None else model.limit.spill
-    return TextCache(n_texts, n_tokens, spill, 0 if fitting is None else choices[sizes.index(fitting)])
+    return TextCache(n_texts, n_tokens, spill, 0 if found is None else choices[found])
 
 
 class _DraftLengths:
@@ -242,7 +244,9 @@ class _Writing:
             padded_n = _padded(part_n)
             cache = self._cache.at(rows.texts_n[padded_n], rows.positions_n[padded_n])
             place = SinglePositions(rows.positions_n[padded_n].to(device), self._n_tokens)
-            output = self._model.run_layer(layer, states_nD[padded_n, None].to(device), place, cast("Cache", cache))
+            # fused attention on a CPU gives each thread a buffer of its own, and a row's bits depend on its alignment
+            with sdpa_kernel(SDPBackend.MATH):
+                output = self._model.run_layer(layer, states_nD[padded_n, None].to(device), place, cast("Cache", cache))
             cache.keep()
             states_nD[part_n] = output[: len(part_n), 0].to("cpu")
         self._cache.settle(rows.texts_n[wave_n[rows.is_last_known_n[wave_n]]])

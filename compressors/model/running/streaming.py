@@ -178,14 +178,14 @@ class StreamedModel:
         return n_blocks if self.choice is None else max(1, n_blocks * self.spec.top_k // self.choice.n_chosen)
 
     def reserve(self, sizes: Iterable[int]) -> int | None:
-        """Keeps memory for arrays beside a layer, of the first of these sizes that fits; None if none does.
+        """Keeps memory for arrays beside a layer, of the first of these sizes that fits: its index, None if none does.
 
         Further layers stay in memory only if they fit too. Call it before the first pass.
         """
-        for n_bytes in sizes:
+        for index, n_bytes in enumerate(sizes):
             self._placement = None
             if self._place(n_bytes).spill is None:
-                return n_bytes
+                return index
         return None
 
     @torch.no_grad()

@@ -101,6 +101,22 @@ def test_rows_of_one_call_change_no_bit(
     assert all(torch.equal(logits_V, few.logits[place]) for place, logits_V in all_.logits.items())
 
 
+@pytest.mark.parametrize("model", ["coarse"], indirect=True)  # threads wait for each other beside other tests
+def test_with_more_threads_a_place_has_the_same_bits_in_every_company(
+    model: StreamedModel, prompts_BP: torch.Tensor, expected_BT: torch.Tensor
+) -> None:
+    alone, checked, n_threads = _Greedy(), _Greedy(), torch.get_num_threads()
+    draft = _drafter(expected_BT[:, : _N_PROMPT + 4], 0.2)
+    torch.set_num_threads(2)
+    try:
+        write_texts(model, prompts_BP, 4, alone)
+        write_texts(model, prompts_BP, 4, checked, draft)
+    finally:
+        torch.set_num_threads(n_threads)
+    assert alone.logits.keys() == checked.logits.keys()
+    assert all(torch.equal(logits_V, checked.logits[place]) for place, logits_V in alone.logits.items())
+
+
 @pytest.mark.parametrize("n_in_memory", [0, 1])
 def test_keys_and_values_on_the_disk_change_no_bit(
     model: StreamedModel,
