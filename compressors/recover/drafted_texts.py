@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -29,6 +30,7 @@ from compressors.model.running.experts import ROWS_OF_A_PRODUCT, padded_products
 from compressors.model.running.masks import SinglePositions
 from compressors.model.running.memory import blocks_at_once, rows_at_once
 from compressors.model.running.streaming import StreamedModel, position_chunks
+from compressors.recover.row_attention import attention_in_parts, takes_parts
 from compressors.recover.text_cache import TextCache, cache_bytes
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ ChooseTokens = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tens
 Draft = Callable[[Sequence[int], Sequence[Sequence[int]], Sequence[int]], Sequence[Sequence[int]]]
 """(texts, the tokens of each so far, the most tokens to draft for each) -> the drafts."""
 
+_MOST_ROWS = 4096  # in one call of a layer: as many tokens as other passes take together
 _LONGEST_DRAFT = 32
 _STILL_RIGHT = 0.25  # a draft ends where only this share of drafts is expected to be right as a whole
 _ROWS_OF_THE_HEAD = 192  # that it runs together: a call of a large head takes as long as 30 rows, whatever it runs
@@ -179,7 +182,7 @@ class _Writing:
         self._different_LP, self._prompt_of_B = prompts_BP.unique(dim=0, return_inverse=True)
         prompts = range(len(self._different_LP))
         self._text_of_L = torch.stack([(self._prompt_of_B == prompt).nonzero()[0, 0] for prompt in prompts])
-        self._rows_at_once = rows_at_once(model.spec, self._n_tokens)
+        self._rows_of_attention = rows_at_once(model.spec, self._n_tokens)
         self._is_recurrent = any(layer.mixer.state_values for layer in model.spec.layers)
 
     def wanted_tokens(self, texts: Sequence[_Text]) -> list[list[int]]:
@@ -239,13 +242,15 @@ class _Writing:
 
     def _run_rows(self, layer: nn.Module, rows: _Rows, states_nD: torch.Tensor, wave_n: torch.Tensor) -> None:
         """Takes rows through a layer, in place, and settles the states of texts whose known tokens end there."""
-        device = self._model.device
-        for part_n in wave_n.split(self._rows_at_once):
+        device, in_parts = self._model.device, takes_parts(layer)
+        for part_n in wave_n.split(_MOST_ROWS if in_parts else self._rows_of_attention):
             padded_n = _padded(part_n)
-            cache = self._cache.at(rows.texts_n[padded_n], rows.positions_n[padded_n])
+            texts_n = rows.texts_n[padded_n]
+            cache = self._cache.at(texts_n, rows.positions_n[padded_n], gathers=not in_parts)
             place = SinglePositions(rows.positions_n[padded_n].to(device), self._n_tokens)
+            attention = attention_in_parts(texts_n.to(device), self._rows_of_attention) if in_parts else nullcontext()
             # fused attention on a CPU gives each thread a buffer of its own, and a row's bits depend on its alignment
-            with sdpa_kernel(SDPBackend.MATH):
+            with attention, sdpa_kernel(SDPBackend.MATH):
                 output = self._model.run_layer(layer, states_nD[padded_n, None].to(device), place, cast("Cache", cache))
             cache.keep()
             states_nD[part_n] = output[: len(part_n), 0].to("cpu")

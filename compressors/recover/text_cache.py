@@ -62,12 +62,17 @@ class TextCache:
         """A cache for transformers' attention, for some texts whose next positions begin at ``first_position``."""
         return cast("Cache", _Part(self, texts, first_position))
 
-    def at(self, texts_n: torch.Tensor, positions_n: torch.Tensor) -> Rows:
+    def at(self, texts_n: torch.Tensor, positions_n: torch.Tensor, *, gathers: bool = True) -> Rows:
         """A cache for rows that are one position each: the text and the position of every row.
 
         A row may repeat another one; of two rows of a recurrent layer's text, only repetitions are allowed.
+
+        Args:
+            texts_n: the text of each row, int64.
+            positions_n: the position of each row, int64.
+            gathers: attention gets keys and values for every row, copied side by side; False: those of all texts.
         """
-        return Rows(self, texts_n, positions_n)
+        return Rows(self, texts_n, positions_n, gathers=gathers)
 
     def repeat(self, layer: int, sources_B: torch.Tensor, n_positions: int) -> None:
         """Gives each text of a layer what the text with the number in ``sources_B`` has, which may be itself.
@@ -180,19 +185,25 @@ class _LayerFiles:
 class Rows:
     """The cache of rows that are one position each; implements the methods that transformers' layers call."""
 
-    def __init__(self, cache: TextCache, texts_n: torch.Tensor, positions_n: torch.Tensor) -> None:
+    def __init__(
+        self, cache: TextCache, texts_n: torch.Tensor, positions_n: torch.Tensor, *, gathers: bool
+    ) -> None:
         self._cache = cache
         self._texts_n = texts_n
         self._positions_n = positions_n
+        self._gathers = gathers
         self._gathered: dict[tuple[str, int], torch.Tensor] = {}  # states, which a layer may change in place
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, **_others: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores each row's keys and values, [n, heads, 1, head_dim]; returns those of all positions of its text."""
+        """Stores each row's keys and values, [n, heads, 1, head_dim].
+
+        Returns those of all positions of each row's text, or of all positions of all texts.
+        """
         new = keys[:, :, 0], values[:, :, 0]
         all_keys, all_values = self._cache.store(layer, self._texts_n, self._positions_n, new)
-        return all_keys[self._texts_n], all_values[self._texts_n]
+        return (all_keys[self._texts_n], all_values[self._texts_n]) if self._gathers else (all_keys, all_values)
 
     def get_conv_state(self, layer: int, **_others: int) -> torch.Tensor:
         """The last positions' inputs of a convolution, which it shifts in place."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,16 @@ class Evaluation:
     against: Mapping[str, AgainstReference]  # by the reference's name
     routing: RoutingRecord | None
     right_N: npt.NDArray[np.bool_]  # True if the model finds the next token most probable
+
+    def beside_itself(self, name: str) -> Evaluation:
+        """The same with the model as its own reference of this name: no divergence, the same tokens."""
+        of_itself = AgainstReference(
+            np.zeros_like(self.negative_log_likelihood_N),
+            np.ones_like(self.right_N),
+            self.negative_log_likelihood_N,
+            self.right_N,
+        )
+        return replace(self, against={**self.against, name: of_itself})
 
     def save(self, path: Path) -> None:
         """Writes everything into one safetensors file."""

@@ -34,7 +34,7 @@ from exporter.work.stage import StageContext
 from validate.metrics.evaluation import evaluate
 from validate.routing.router_alone import RouterInputRecorder
 from validate.routing.router_inputs import RouterInputs, spread_chunks
-from validate.runtimes.backend import Backend, ChunkOutput, scored_positions
+from validate.runtimes.backend import ChunkOutput, scored_positions
 from validate.runtimes.torch import TorchBackend
 
 __all__ = [
@@ -55,10 +55,12 @@ def validate_torch(context: StageContext) -> None:
     heldout_BT = token_blocks(context.work).heldout.numpy()
     teacher = teacher_predictions(context.plan, context.work, HELDOUT_PREDICTIONS)
     with context.progress.bar("layers", student.spec.n_layers) as advance:
-        backend: Backend = TorchBackend(student, advance, memory_limit(context))
         if student.is_original:  # calibration has run it over this text
-            backend = _AsCalibrated(teacher, RoutingRecord.load(context.work.path("calibrate", ROUTING)))
-        evaluation = evaluate(backend, heldout_BT, {"teacher": teacher})
+            routing = RoutingRecord.load(context.work.path("calibrate", ROUTING))
+            evaluation = evaluate(_AsCalibrated(teacher, routing), heldout_BT, {}).beside_itself("teacher")
+        else:
+            backend = TorchBackend(student, advance, memory_limit(context))
+            evaluation = evaluate(backend, heldout_BT, {"teacher": teacher})
     evaluation.save(context.file(EVALUATION))
 
 

@@ -138,6 +138,9 @@ def test_a_model_does_not_diverge_from_its_own_recording(
     assert again.against["itself"].same_top_N.all()
     assert np.array_equal(again.negative_log_likelihood_N, first.negative_log_likelihood_N)
     assert progress == [1, 1, 1]
+    without_a_run = first.beside_itself("itself").against["itself"]
+    for field, measured in vars(again.against["itself"]).items():
+        np.testing.assert_allclose(getattr(without_a_run, field), measured, atol=_CODING_STEP)
 
 
 def test_a_reference_in_another_order_is_noticed(
