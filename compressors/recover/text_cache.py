@@ -185,9 +185,7 @@ class _LayerFiles:
 class Rows:
     """The cache of rows that are one position each; implements the methods that transformers' layers call."""
 
-    def __init__(
-        self, cache: TextCache, texts_n: torch.Tensor, positions_n: torch.Tensor, *, gathers: bool
-    ) -> None:
+    def __init__(self, cache: TextCache, texts_n: torch.Tensor, positions_n: torch.Tensor, *, gathers: bool) -> None:
         self._cache = cache
         self._texts_n = texts_n
         self._positions_n = positions_n
