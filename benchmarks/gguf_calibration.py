@@ -34,7 +34,7 @@ from compressors.model.sources.student import Student
 from exporter.hub import bundled_text, resolve_model
 from exporter.writing.gguf.writer import write_gguf
 from validate.runtimes.llama_cpp_routing import node_name, node_values
-from validate.runtimes.llama_cpp_session import Row, Session
+from validate.runtimes.llama_cpp_session import LoadedModel, Row, Session
 
 _BLOCK, _KEPT = 512, 0.75  # tokens of a block; the share of experts that stays
 _EMBEDDED, _END = "embd", "result_norm"
@@ -110,13 +110,12 @@ def _by_torch(source: GgufSource, tokens_BT: torch.Tensor) -> list[LayerStatisti
 def _by_llama_cpp(source: GgufSource, tokens_BT: torch.Tensor, *, copies: bool) -> list[LayerStatistics]:
     sums = _Sums(source.spec, copies=copies)
     session = Session(
-        source.path,
+        LoadedModel(source.path),
         n_ctx=_BLOCK,
         n_batch=_BLOCK,
         kv_type="f16",
         flash_attention=api.LLAMA_FLASH_ATTN_TYPE_DISABLED,
         threads=1,
-        gpu_layers=0,
         callback=sums.callback,
     )
     for block_T in tokens_BT.tolist():

@@ -230,7 +230,7 @@ TEACHER_TEXTS = Stage(
 VALIDATE_TORCH = Stage(
     "validate_torch",
     "judge.reference",
-    version=5,
+    version=6,
     what="measure the student in torch",
     reads=_STUDENT | _HELDOUT | files_of("calibrate", ROUTING),
     writes=(EVALUATION,),
@@ -246,7 +246,7 @@ VALIDATE_WRITTEN = Stage(
 VALIDATE_GGUF = Stage(
     "validate_gguf",
     "judge.runtimes",
-    version=8,
+    version=9,
     what="measure the GGUF in llama.cpp",
     reads=files_of("gguf", GGUF_FILE) | _HELDOUT | _SAME_WEIGHTS,
     writes=(EVALUATION, MEASUREMENT, LOG_PROBS),

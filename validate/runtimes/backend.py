@@ -74,6 +74,11 @@ class RuntimeBackend(Backend, TextModel, Protocol):
     def bos_token(self) -> int | None:
         """The token that the model needs before a text; None if it needs none."""
 
+    def generate_together(
+        self, prompts: Sequence[Sequence[int]], n_tokens: int, choose: Sequence[ChooseToken]
+    ) -> list[list[int]]:
+        """Generates ``n_tokens`` tokens after each prompt with a choice of its own, which ends no text."""
+
     def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> RoutingRecord:
         """Returns the routers' choices when they are given ``inputs``, which were recorded on the same chunks."""
 

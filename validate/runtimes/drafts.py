@@ -125,9 +125,10 @@ _ANSWER = "drafts:"
 def _opened(artifact: str, path: Path, options: dict[str, Any]) -> Callable[[Sequence[Wish]], Drafts]:
     """Loads the file; the runtimes are imported only here."""
     if artifact == "gguf":
+        from validate.runtimes.llama_cpp_session import LoadedModel
         from validate.runtimes.llama_cpp_texts import LlamaCppTexts
 
-        texts = LlamaCppTexts(path, **options)
+        texts = LlamaCppTexts(LoadedModel(path), **options)
 
         def together(wishes: Sequence[Wish]) -> Drafts:
             most = {wish.text: wish.most for wish in wishes}

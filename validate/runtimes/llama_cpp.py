@@ -20,7 +20,8 @@ from validate.routing.router_inputs import RouterInputs
 from validate.runtimes.backend import ChooseToken, ChunkOutput, RoutingRecord, scored_positions
 from validate.runtimes.cost import Feed, RuntimeCost, measure_cost
 from validate.runtimes.llama_cpp_routing import RoutingCollector, ggml_function
-from validate.runtimes.llama_cpp_session import PHYSICAL_BATCH, Session, buffers, start_runtime
+from validate.runtimes.llama_cpp_session import PHYSICAL_BATCH, LoadedModel, Session, buffers, start_runtime
+from validate.runtimes.llama_cpp_texts import LlamaCppTexts
 
 __all__ = [
     "QUANTIZED_KV_TYPES",
@@ -62,14 +63,15 @@ class LlamaCppBackend:
         self._routing = RoutingCollector()
         flash_attention = flash_attention or kv_type in QUANTIZED_KV_TYPES
         flash = api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._model = LoadedModel(path, gpu_layers)
+        self._kv_type, self._flash, self._threads = kv_type, flash, threads
         self._session = Session(
-            path,
+            self._model,
             n_ctx=n_ctx,
             n_batch=n_ctx,
             kv_type=kv_type,
             flash_attention=flash,
             threads=threads,
-            gpu_layers=gpu_layers,
             callback=self._routing.callback,
         )
 
@@ -90,12 +92,12 @@ class LlamaCppBackend:
     @property
     def vocab_size(self) -> int:
         """The number of logits of one position."""
-        return self._session.vocab_size
+        return self._model.vocab_size
 
     @property
     def bos_token(self) -> int | None:
         """The token that llama.cpp puts before a text; None if it puts none."""
-        return self._session.bos_token
+        return self._model.bos_token
 
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
         """Runs every row as a sequence of its own and yields its output, in order; a dense file has no routing.
@@ -104,10 +106,10 @@ class LlamaCppBackend:
             InputError: a row is longer than the context, or a token is not in the vocabulary.
         """
         for tokens_T in tokens_BT:
-            if self._session.has_experts:
+            if self._model.has_experts:
                 self._routing.start()
             logits_SV = self._decode_chunk(tokens_T)
-            yield ChunkOutput(logits_SV, self._routing.finish(len(tokens_T)) if self._session.has_experts else None)
+            yield ChunkOutput(logits_SV, self._routing.finish(len(tokens_T)) if self._model.has_experts else None)
 
     def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> RoutingRecord:
         """Returns the routers' choices for these chunks when each router is given torch's hidden states.
@@ -132,7 +134,7 @@ class LlamaCppBackend:
         # logits at all positions, because the last layer's experts only run, and route, where an output is asked for;
         # in halves, so that only half of the logits are in memory at a time: the scored ones come last
         scored = scored_positions(len(tokens_T))
-        with self._routing.without_logits(self._session.n_layers - 1):
+        with self._routing.without_logits(self._model.n_layers - 1):
             self._session.decode(tokens_T[: scored.start], all_logits=True)
         return self._session.decode(tokens_T[scored.start :], all_logits=True)[: scored.stop - scored.start]
 
@@ -147,6 +149,23 @@ class LlamaCppBackend:
                 break
             logits_TV = self._session.decode(np.asarray(generated[-1:], dtype=np.int64))
         return generated
+
+    def generate_together(
+        self, prompts: Sequence[Sequence[int]], n_tokens: int, choose: Sequence[ChooseToken]
+    ) -> list[list[int]]:
+        """Generates ``n_tokens`` tokens after each prompt, one of every text at a time."""
+        longest = max(len(prompt) for prompt in prompts)
+        texts = LlamaCppTexts(
+            self._model,
+            n_texts=len(prompts),
+            n_tokens=longest + n_tokens,
+            threads=self._threads,
+            kv_type=self._kv_type,
+            flash_attention=self._flash,
+        )
+        numbers = range(len(prompts))
+        new = texts.extend(dict(enumerate(prompts)), dict.fromkeys(numbers, n_tokens), dict(enumerate(choose)))
+        return [new[number] for number in numbers]
 
     def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
         """Yields for each text the logits of its last ``count`` positions: [count, V], valid until the next one."""
@@ -180,13 +199,12 @@ def measure(
 
     def load() -> Feed:
         session = Session(
-            path,
+            LoadedModel(path, gpu_layers),
             n_ctx=context,
             n_batch=min(context, PHYSICAL_BATCH),
             kv_type=kv_type,
             flash_attention=api.LLAMA_FLASH_ATTN_TYPE_AUTO,
             threads=threads,
-            gpu_layers=gpu_layers,
         )
         return lambda tokens_T: session.decode(tokens_T)[-1]
 

@@ -1,4 +1,4 @@
-"""A model that llama.cpp has loaded, with one context: tokens in, logits out; and llama.cpp's log."""
+"""A model that llama.cpp has loaded, and a context of it: tokens in, logits out; and llama.cpp's log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from validate.runtimes import time_limit
 from validate.runtimes.backend import RuntimeCrashError
 from validate.runtimes.buffers import ReportedBuffers
 
-__all__ = ["PHYSICAL_BATCH", "Row", "Session", "buffers", "logged_error", "start_runtime"]
+__all__ = ["PHYSICAL_BATCH", "LoadedModel", "Row", "Session", "buffers", "logged_error", "start_runtime"]
 
 PHYSICAL_BATCH = 512  # llama.cpp's default n_ubatch
 
@@ -37,50 +37,73 @@ class Row:
     wants_logits: bool = False
 
 
+class LoadedModel:
+    """A GGUF file that llama.cpp has loaded; it is freed when it is deleted, which its contexts do not outlive.
+
+    Args:
+        path: the GGUF file.
+        gpu_layers: layers on a GPU.
+
+    Raises:
+        InputError: the file is missing, or llama.cpp cannot load it.
+    """
+
+    def __init__(self, path: Path, gpu_layers: int = 0) -> None:
+        self.pointer: int | None = None
+        start_runtime()
+        self.path = path
+        self.pointer = _load_model(path, gpu_layers)
+        architecture = _metadata(self.pointer, "general.architecture")
+        self.n_layers = int(api.llama_model_n_layer(self.pointer))  # without those that predict further tokens
+        self.has_experts = int(_metadata(self.pointer, f"{architecture}.expert_count") or 0) > 0
+        vocabulary = api.llama_model_get_vocab(self.pointer)
+        assert vocabulary is not None
+        self.vocab_size = int(api.llama_vocab_n_tokens(vocabulary))
+        adds_bos = api.llama_vocab_get_add_bos(vocabulary)
+        self.bos_token = int(api.llama_vocab_bos(vocabulary)) if adds_bos else None
+
+    def __del__(self) -> None:
+        if self.pointer is not None:
+            api.llama_model_free(self.pointer)
+
+
 class Session:
-    """A loaded model with one context; frees both when it is deleted.
+    """A context of a loaded model; it is freed when it is deleted.
 
     :meth:`decode` and :meth:`clear` are for a context of one text.
 
     Args:
-        path: the GGUF file.
+        model: the model.
         n_ctx: tokens that the cache has room for, of each text.
         n_batch: the most tokens that are decoded in one call.
         kv_type: a key of :data:`~compressors.model.files.gguf.kv_types.KV_TYPES`.
         flash_attention: a value of ``llama_flash_attn_type``.
         threads: threads for prompt and generation.
-        gpu_layers: layers on a GPU.
         callback: sees the tensors of the graph (``cb_eval``).
         n_texts: texts that the cache holds, each in a part of its own.
 
     Raises:
-        InputError: the model cannot be loaded, or the context cannot be set up.
+        InputError: the context cannot be set up.
     """
 
     def __init__(
         self,
-        path: Path,
+        model: LoadedModel,
         *,
         n_ctx: int,
         n_batch: int,
         kv_type: str,
         flash_attention: int,
         threads: int,
-        gpu_layers: int,
         callback: Any = None,
         n_texts: int = 1,
     ) -> None:
-        self._model: int | None = None
         self._context: int | None = None
+        self._model = model
         self._n_ctx = n_ctx
         self._length = 0
         if kv_type not in KV_TYPES:
             raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(KV_TYPES)}")
-        start_runtime()
-        self._model = _load_model(path, gpu_layers)
-        architecture = _metadata(self._model, "general.architecture")
-        self.n_layers = int(api.llama_model_n_layer(self._model))  # without those that predict further tokens
-        self.has_experts = int(_metadata(self._model, f"{architecture}.expert_count") or 0) > 0
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_texts * n_ctx, n_batch, min(n_batch, PHYSICAL_BATCH)
         params.n_seq_max = n_texts
@@ -91,23 +114,16 @@ class Session:
         if callback is not None:
             params.cb_eval = callback
         with time_limit.working():
-            self._context = api.llama_init_from_model(self._model, params)
+            self._context = api.llama_init_from_model(model.pointer, params)
         if self._context is None:
             raise InputError(
-                f"{path}: llama.cpp cannot set up a context of {n_ctx} tokens with {kv_type} keys and values"
+                f"{model.path}: llama.cpp cannot set up a context of {n_ctx} tokens with {kv_type} keys and values"
                 f"{logged_error()}; quantized ones need flash attention"
             )
-        vocabulary = api.llama_model_get_vocab(self._model)
-        assert vocabulary is not None
-        self.vocab_size = int(api.llama_vocab_n_tokens(vocabulary))
-        adds_bos = api.llama_vocab_get_add_bos(vocabulary)
-        self.bos_token = int(api.llama_vocab_bos(vocabulary)) if adds_bos else None
 
     def __del__(self) -> None:
         if self._context is not None:
             api.llama_free(self._context)
-        if self._model is not None:
-            api.llama_model_free(self._model)
 
     def clear(self) -> None:
         """Empties the cache."""
@@ -138,9 +154,9 @@ class Session:
         n_rows = n_tokens if all_logits else 1
         pointer = ctypes.cast(api.llama_get_logits(self._context), ctypes.c_void_p)
         assert pointer.value is not None
-        logits = (ctypes.c_float * (n_rows * self.vocab_size)).from_address(pointer.value)
+        logits = (ctypes.c_float * (n_rows * self._model.vocab_size)).from_address(pointer.value)
         logits.session = self  # type: ignore[attr-defined]  # the memory is the context's: it must not go before
-        return np.ctypeslib.as_array(logits).reshape(n_rows, self.vocab_size)
+        return np.ctypeslib.as_array(logits).reshape(n_rows, self._model.vocab_size)
 
     def decode_rows(self, rows: Sequence[Row]) -> None:
         """Appends tokens to their texts, at most ``n_batch`` of them.
@@ -170,7 +186,7 @@ class Session:
         """The logits of a row of the last call that wanted them: [V], a view that is valid until the next call."""
         pointer = ctypes.cast(api.llama_get_logits_ith(self._context, index), ctypes.c_void_p)
         assert pointer.value is not None, "the row did not want logits"
-        return np.ctypeslib.as_array((ctypes.c_float * self.vocab_size).from_address(pointer.value))
+        return np.ctypeslib.as_array((ctypes.c_float * self._model.vocab_size).from_address(pointer.value))
 
     def cut(self, text: int, n_kept: int) -> int:
         """Takes all but the first tokens of a text back; returns how many stay, none where a state cannot go back."""
@@ -188,9 +204,10 @@ class Session:
             raise InputError(
                 f"{len(tokens_T)} tokens after {self._length} do not fit a context of {self._n_ctx}; give more"
             )
-        if tokens_T.min() < 0 or tokens_T.max() >= self.vocab_size:
+        if tokens_T.min() < 0 or tokens_T.max() >= self._model.vocab_size:
             raise InputError(
-                f"token {tokens_T.max()} is not in the vocabulary of {self.vocab_size}; was another tokenizer used?"
+                f"token {tokens_T.max()} is not in the vocabulary of {self._model.vocab_size}; "
+                "was another tokenizer used?"
             )
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
-from pathlib import Path
 
 import llama_cpp.llama_cpp as api
 
 from validate.runtimes.backend import ChooseToken
-from validate.runtimes.llama_cpp_session import Row, Session
+from validate.runtimes.llama_cpp_session import LoadedModel, Row, Session
 
 __all__ = ["LlamaCppTexts"]
 
@@ -17,27 +16,37 @@ _TOKENS_AT_ONCE = 512
 
 
 class LlamaCppTexts:
-    """A GGUF file in llama.cpp whose cache holds several texts.
+    """A context of a GGUF file in llama.cpp whose cache holds several texts.
 
     Args:
-        path: the GGUF file.
+        model: the loaded file.
         n_texts: the number of texts.
         n_tokens: the most tokens of a text.
         threads: threads of llama.cpp.
+        kv_type: a key of :data:`~compressors.model.files.gguf.kv_types.KV_TYPES`.
+        flash_attention: a value of ``llama_flash_attn_type``.
 
     Raises:
-        InputError: the file cannot be loaded.
+        InputError: the context cannot be set up.
     """
 
-    def __init__(self, path: Path, *, n_texts: int, n_tokens: int, threads: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        n_texts: int,
+        n_tokens: int,
+        threads: int,
+        kv_type: str = "f16",
+        flash_attention: int = api.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    ) -> None:
         self._session = Session(
-            path,
+            model,
             n_ctx=n_tokens,
             n_batch=_TOKENS_AT_ONCE,
-            kv_type="f16",
-            flash_attention=api.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            kv_type=kv_type,
+            flash_attention=flash_attention,
             threads=threads,
-            gpu_layers=0,
             n_texts=n_texts,
         )
         self._cached: dict[int, list[int]] = {text: [] for text in range(n_texts)}

@@ -204,6 +204,12 @@ class OnnxRuntimeBackend:
             logits_V = generation.feed(np.array(tokens[-1:]))
         return tokens
 
+    def generate_together(
+        self, prompts: Sequence[Sequence[int]], n_tokens: int, choose: Sequence[ChooseToken]
+    ) -> list[list[int]]:
+        """Generates ``n_tokens`` tokens after each prompt, one text after the other."""
+        return [self.generate(prompt, n_tokens, one) for prompt, one in zip(prompts, choose, strict=True)]
+
     def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
         """Yields for each text the logits of its last ``count`` positions: [count, V]."""
         names = [name for node in self._moe_nodes or () for name in node.shown]

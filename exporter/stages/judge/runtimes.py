@@ -136,7 +136,7 @@ def _figures(
     """Returns figures for the measurement, and writes the evaluation into a file."""
     _evaluate(context, backend, heldout_BT, references, record=record)
     prompts_PT = prompts_of(heldout_BT)
-    with context.progress.bar("texts", 2 * len(prompts_PT)) as advance:
+    with context.progress.bar("texts", 2 * len(prompts_PT) + 1) as advance:
         texts = generate_texts(backend, prompts_PT, advance)
     return {
         "runtime_version": backend.version,
