@@ -26,11 +26,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from compressors.model.running.experts import ROWS_OF_A_PRODUCT, padded_products
+from compressors.model.running.experts import padded_products
 from compressors.model.running.masks import SinglePositions
 from compressors.model.running.memory import blocks_at_once, rows_at_once
 from compressors.model.running.streaming import StreamedModel, position_chunks
-from compressors.recover.row_attention import attention_in_parts, takes_parts
+from compressors.recover.row_attention import attends_by_text, attention_by_text, padded
 from compressors.recover.text_cache import TextCache, cache_bytes
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class _Writing:
         self._different_LP, self._prompt_of_B = prompts_BP.unique(dim=0, return_inverse=True)
         prompts = range(len(self._different_LP))
         self._text_of_L = torch.stack([(self._prompt_of_B == prompt).nonzero()[0, 0] for prompt in prompts])
-        self._rows_of_attention = rows_at_once(model.spec, self._n_tokens)
+        self._rows_at_once = rows_at_once(model.spec, self._n_tokens)
         self._is_recurrent = any(layer.mixer.state_values for layer in model.spec.layers)
 
     def wanted_tokens(self, texts: Sequence[_Text]) -> list[list[int]]:
@@ -242,13 +242,13 @@ class _Writing:
 
     def _run_rows(self, layer: nn.Module, rows: _Rows, states_nD: torch.Tensor, wave_n: torch.Tensor) -> None:
         """Takes rows through a layer, in place, and settles the states of texts whose known tokens end there."""
-        device, in_parts = self._model.device, takes_parts(layer)
-        for part_n in wave_n.split(_MOST_ROWS if in_parts else self._rows_of_attention):
-            padded_n = _padded(part_n)
+        device, by_text = self._model.device, attends_by_text(layer)
+        for part_n in wave_n.split(_MOST_ROWS if by_text else self._rows_at_once):
+            padded_n = padded(part_n)
             texts_n = rows.texts_n[padded_n]
-            cache = self._cache.at(texts_n, rows.positions_n[padded_n], gathers=not in_parts)
+            cache = self._cache.at(texts_n, rows.positions_n[padded_n], gathers=not by_text)
             place = SinglePositions(rows.positions_n[padded_n].to(device), self._n_tokens)
-            attention = attention_in_parts(texts_n.to(device), self._rows_of_attention) if in_parts else nullcontext()
+            attention = attention_by_text(texts_n.to(device)) if by_text else nullcontext()
             # fused attention on a CPU gives each thread a buffer of its own, and a row's bits depend on its alignment
             with attention, sdpa_kernel(SDPBackend.MATH):
                 output = self._model.run_layer(layer, states_nD[padded_n, None].to(device), place, cast("Cache", cache))
@@ -288,7 +288,7 @@ class _Writing:
     ) -> torch.Tensor:
         """The tokens that are chosen after states, each of a text and so many tokens of its draft: int64 [n]."""
         n_prompt, vocab_size, chosen = self._prompts_BP.shape[1], self._model.spec.vocab_size, []
-        padded_nD = states_nD[_padded(torch.arange(len(states_nD)))]
+        padded_nD = states_nD[padded(torch.arange(len(states_nD)))]
         for start, part_nD in position_chunks(padded_nD, vocab_size):
             of_part = owners[start : start + len(part_nD)]
             logits_nV = head(part_nD.to(self._model.device)).cpu()[: len(of_part)]
@@ -327,8 +327,3 @@ class _Rows:
             wave_n = (self.turns_n == turn).nonzero()[:, 0] if one_by_one else torch.arange(len(self.turns_n))
             if len(wave_n):
                 yield wave_n
-
-
-def _padded(rows_n: torch.Tensor) -> torch.Tensor:
-    """Repeats the first row until there are enough for :data:`~compressors.model.running.experts.ROWS_OF_A_PRODUCT`."""
-    return torch.cat([rows_n, rows_n[:1].expand(-len(rows_n) % ROWS_OF_A_PRODUCT)])

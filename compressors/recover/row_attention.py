@@ -1,4 +1,4 @@
-"""Attention of rows that are one position each, a few rows at a time."""
+"""Attention of rows that are one position each, of texts whose keys and values are cached: text by text."""
 
 from __future__ import annotations
 
@@ -8,32 +8,39 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["attention_in_parts", "takes_parts"]
+from compressors.model.running.experts import ROWS_OF_A_PRODUCT
+
+__all__ = ["attends_by_text", "attention_by_text", "padded"]
 
 _SDPA = "sdpa"
 
 
-def takes_parts(layer: nn.Module) -> bool:
-    """True if a layer's attention is a function that :func:`attention_in_parts` replaces; eager attention is not."""
+def attends_by_text(layer: nn.Module) -> bool:
+    """True if a layer's attention is a function that :func:`attention_by_text` replaces; eager attention is not."""
     configs = (getattr(module, "config", None) for module in layer.modules())
     return any(getattr(config, "_attn_implementation", None) == _SDPA for config in configs)
 
 
-@contextmanager
-def attention_in_parts(texts_n: torch.Tensor, n_at_once: int) -> Iterator[None]:
-    """Gives transformers' attention the keys of all texts, and each row those of its own, a few rows at a time.
+def padded(rows_n: torch.Tensor) -> torch.Tensor:
+    """Repeats the first row until there are enough for :data:`~compressors.model.running.experts.ROWS_OF_A_PRODUCT`."""
+    return torch.cat([rows_n, rows_n[:1].expand(-len(rows_n) % ROWS_OF_A_PRODUCT)])
 
-    So the rows take all the other products of a layer together, while the keys and values of few rows lie side by side.
+
+@contextmanager
+def attention_by_text(texts_n: torch.Tensor) -> Iterator[None]:
+    """Lets transformers' attention take the keys and values of all texts, and the rows of each text together.
+
+    So nothing is copied for every row. Rows of a text are padded, so that a row's bits do not depend on the others.
 
     Args:
         texts_n: the text of each row, int64.
-        n_at_once: rows whose keys and values are copied together.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     usual = ALL_ATTENTION_FUNCTIONS[_SDPA]
+    rows_of = {text: (texts_n == text).nonzero()[:, 0] for text in texts_n.unique().tolist()}
 
-    def in_parts(
+    def by_text(
         module: nn.Module,
         queries: torch.Tensor,
         keys: torch.Tensor,
@@ -41,13 +48,15 @@ def attention_in_parts(texts_n: torch.Tensor, n_at_once: int) -> Iterator[None]:
         mask: torch.Tensor,
         **options: object,
     ) -> tuple[torch.Tensor, None]:
-        parts = [
-            usual(module, queries[part], keys[texts], values[texts], mask[part], **options)[0]
-            for part, texts in zip(torch.arange(len(texts_n)).split(n_at_once), texts_n.split(n_at_once), strict=True)
-        ]
-        return torch.cat(parts), None
+        outputs = values.new_empty(len(texts_n), 1, queries.shape[1], values.shape[-1])
+        for text, rows in rows_of.items():
+            taken, of_text = padded(rows), slice(text, text + 1)
+            of_rows = queries[taken].transpose(0, 2), keys[of_text], values[of_text], mask[taken].transpose(0, 2)
+            output_1qHh, _ = usual(module, *of_rows, **options)
+            outputs[rows] = output_1qHh[0, : len(rows), None]
+        return outputs, None
 
-    ALL_ATTENTION_FUNCTIONS[_SDPA] = in_parts
+    ALL_ATTENTION_FUNCTIONS[_SDPA] = by_text
     try:
         yield
     finally:

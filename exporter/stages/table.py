@@ -221,7 +221,7 @@ STUDENT = Stage(
 TEACHER_TEXTS = Stage(
     "teacher_texts",
     "teacher.texts",
-    version=5,
+    version=6,
     what="let the original write a few texts",
     reads=_BLOCKS,
     writes=(GENERATION, TEXT_EFFORT),
