@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -157,10 +158,10 @@ def placed(
 
 
 def _places(layer: int, n_replaced: int, n_bases: int, n_experts: int) -> tuple[int | None, ...]:
-    """A base for each replaced expert. No two layers are alike, as in a student, where a graph stores each one's."""
-    first = layer % n_experts
+    """A base for each replaced expert, in any order. No two layers are alike, as in a student: a graph stores each."""
     base_of = [*(place % n_bases for place in range(n_replaced)), *[None] * (n_experts - n_replaced)]
-    return (*base_of[first:], *base_of[:first])
+    random.Random(layer).shuffle(base_of)
+    return tuple(base_of)
 
 
 def _values(layer: LayerSpec) -> int:

@@ -169,6 +169,16 @@ def test_numbers_of_layers_that_are_not_possible_are_refused(
         placed(replaced, bases, 8, [fine.n_experts] * fine.n_layers)
 
 
+def test_layers_of_equal_numbers_store_lists_of_their_own(fine: ModelSpec) -> None:
+    """As those of a student do; a graph stores equal lists once, and its size would be predicted too small."""
+    layers = placed([8] * 6, [2] * 6, 8, [fine.n_experts] * 6)
+    lists = [layer.replaced for layer in layers if layer is not None]
+    for layer in layers:
+        assert layer is not None
+        lists += [tuple(layer.replaced.index(expert) for expert in layer.members(base)) for base in (0, 1)]
+    assert len(set(lists)) == 6 + 12
+
+
 @pytest.mark.parametrize(("edit", "n_bases"), [("svd", 0), ("d2-moe", 1)])
 def test_other_factors_may_stay_apart(fine: ModelSpec, edit: str, n_bases: int) -> None:
     choice = CompressChoice.model_validate({"experts": 32, "edit": edit, "edit_size": 4, "apart": True})
