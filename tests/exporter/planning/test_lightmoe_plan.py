@@ -171,7 +171,7 @@ def test_numbers_of_layers_that_are_not_possible_are_refused(
 
 def test_layers_of_equal_numbers_store_lists_of_their_own(fine: ModelSpec) -> None:
     """As those of a student do; a graph stores equal lists once, and its size would be predicted too small."""
-    layers = placed([8] * 6, [2] * 6, 8, [fine.n_experts] * 6)
+    layers = placed([16] * 6, [2] * 6, 8, [fine.n_experts] * 6)
     lists = [layer.replaced for layer in layers if layer is not None]
     for layer in layers:
         assert layer is not None
