@@ -42,16 +42,17 @@ def attention_by_text(texts_n: torch.Tensor) -> Iterator[None]:
 
     def by_text(
         module: nn.Module,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor,
         **options: object,
     ) -> tuple[torch.Tensor, None]:
-        outputs = values.new_empty(len(texts_n), 1, queries.shape[1], values.shape[-1])
+        """Some layers name their arguments, so the names are transformers'."""
+        outputs = value.new_empty(len(texts_n), 1, query.shape[1], value.shape[-1])
         for text, rows in rows_of.items():
             taken, of_text = padded(rows), slice(text, text + 1)
-            of_rows = queries[taken].transpose(0, 2), keys[of_text], values[of_text], mask[taken].transpose(0, 2)
+            of_rows = query[taken].transpose(0, 2), key[of_text], value[of_text], attention_mask[taken].transpose(0, 2)
             output_1qHh, _ = usual(module, *of_rows, **options)
             outputs[rows] = output_1qHh[0, : len(rows), None]
         return outputs, None
