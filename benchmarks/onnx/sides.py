@@ -52,7 +52,7 @@ class OnnxRuntime:
         self._backend = OnnxRuntimeBackend(folder, threads=1)
 
     def answer(self, prompt: Tokens, steps: Tokens, times: Times) -> None:
-        """See :meth:`Side.answer`; logits are made at all positions of the prompt."""
+        """See :meth:`Side.answer`; logits are made at the last position of the prompt alone."""
         left = list(reversed(steps))
         seconds: list[float] = []
         last = time.thread_time()

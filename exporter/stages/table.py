@@ -153,7 +153,7 @@ GGUF = Stage(
 ONNX = Stage(
     "onnx",
     "files.writers",
-    version=7,
+    version=8,
     what="write the ONNX folder",
     reads=_STUDENT | _STATISTICS | _FEEDBACK,
     takes=_LAYER_INPUTS,
@@ -276,7 +276,7 @@ TEACHER_GGUF = Stage(
 TEACHER_ONNX = Stage(
     "teacher_onnx",
     "judge.floors",
-    version=1,
+    version=2,
     what="measure the original in ONNX Runtime",
     reads=_HELDOUT | files_of("calibrate", ROUTING),
     writes=(EVALUATION, ROUTING, COST),

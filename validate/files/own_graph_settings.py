@@ -26,6 +26,7 @@ from compressors.model.files.onnx_names import (
     LOGIT_CAP,
     LOGITS,
     NOT_CHOSEN,
+    NUM_LOGITS_TO_KEEP,
     RESIDUAL_FACTOR,
     ROUTER_FACTOR,
     ROUTING,
@@ -55,10 +56,13 @@ _PREPARATION: Mapping[tuple[str, str], Any] = {
     ("sequence.length", "end"): 2,
     ("embedding", "axis"): 0,
     ("recurrent.mask.float32", "to"): onnx.TensorProto.FLOAT,
-    ("recurrent.last", "keepdims"): 1,
-    ("recurrent.last", "noop_with_empty_axes"): 0,
+    **{(name, "keepdims"): 1 for name in ("tokens.end", "recurrent.last")},
+    **{(name, "noop_with_empty_axes"): 0 for name in ("tokens.end", "recurrent.last")},
+    ("wanted.residual", "batch_dims"): 1,
+    ("wanted.branch", "batch_dims"): 1,
 }
-"""Attributes of our graphs' nodes that feed the others, by the node's first output."""
+"""Attributes of our graphs' nodes that feed the others, by the node's first output; ``recurrent.last`` is that of older
+graphs, which made logits at all positions."""
 
 _ROUTING: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "TopK": {"axis": (-1, None), "largest": (1, None), "sorted": (1, None)},
@@ -93,6 +97,7 @@ _CONSTANTS: Mapping[str, Any] = {
     "bias.kept": 0,
     "true": True,
     "norm.one": 1,
+    NUM_LOGITS_TO_KEEP: 1,
 }
 
 _CONSTANT_TYPES = (

@@ -30,7 +30,15 @@ from validate.routing.router_inputs import RouterInputs
 from validate.runtimes import time_limit
 from validate.runtimes.backend import ChooseToken, ChunkOutput, RuntimeCrashError, scored_positions
 from validate.runtimes.cost import CHUNK_TOKENS, Feed, RuntimeCost, measure_cost
-from validate.runtimes.onnx_inputs import cache_shapes, check_decoder, float_type, sized
+from validate.runtimes.onnx_inputs import (
+    bind_logits_to_keep,
+    cache_shapes,
+    check_decoder,
+    float_type,
+    keeps_last_logits,
+    sized,
+    token_inputs,
+)
 
 if TYPE_CHECKING:  # a process that only measures a file needs no graph
     import onnx
@@ -214,7 +222,7 @@ class OnnxRuntimeBackend:
         """Yields for each text the logits of its last ``count`` positions: [count, V]."""
         names = [name for node in self._moe_nodes or () for name in node.shown]
         for text, count in zip(texts, counts, strict=True):
-            logits_TV, _ = _run_from_empty_cache(self._session, np.asarray(text, dtype=np.int64), names)
+            logits_TV, _ = _run_from_empty_cache(self._session, np.asarray(text, dtype=np.int64), names, count)
             yield logits_TV[-count:]
 
     def _show_routing(self, tokens: npt.NDArray[np.int64]) -> tuple[MoeNode, ...]:
@@ -287,7 +295,9 @@ class _Generation:
         for name, shape in cache_shapes(session).items():
             empty = np.zeros(sized(shape, 1, capacity), dtype=float_type(session.get_inputs(), name))
             self._cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
-        self._logits_1TV = _empty_logits(session, min(capacity, CHUNK_TOKENS))
+        n_positions = 1 if keeps_last_logits(session) else min(capacity, CHUNK_TOKENS)
+        size, kind = (1, n_positions, _vocab_size(session)), float_type(session.get_outputs(), "logits")
+        self._logits_1TV = np.empty(size, dtype=kind)
 
     def feed(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Appends tokens, in chunks, and returns the next one's logits [V], valid until the next call."""
@@ -299,7 +309,7 @@ class _Generation:
         past_length = self._length
         self._length += len(tokens)
         binding = self._session.io_binding()
-        for name, values in _token_inputs(self._session, tokens, past_length).items():
+        for name, values in token_inputs(self._session, tokens, past_length).items():
             binding.bind_cpu_input(name, values)
         for name, buffer in self._cache.items():
             binding.bind_ortvalue_input(name, buffer)
@@ -313,26 +323,36 @@ class _Generation:
 
 
 def _run_from_empty_cache(
-    session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64], outputs: list[str]
+    session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64], outputs: list[str], n_positions: int = 0
 ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
-    """Returns logits [T, V], which the runtime writes into our memory without a copy, and the other outputs."""
+    """Returns logits [T, V], which stay where the runtime has put them, and the other outputs.
+
+    Memory of our own cannot be bound: where a graph declares logits of one position, the runtime takes no other size.
+
+    Args:
+        session: the loaded graph.
+        tokens: the text.
+        outputs: names of the other outputs.
+        n_positions: the number of last positions that have logits, where the graph leaves a choice; 0: all.
+    """
     binding = session.io_binding()
-    for name, values in _token_inputs(session, tokens, 0).items():
+    for name, values in token_inputs(session, tokens, 0).items():
         binding.bind_cpu_input(name, values)
+    if keeps_last_logits(session):
+        bind_logits_to_keep(binding, n_positions)
     for name, shape in cache_shapes(session).items():
         empty = np.zeros(sized(shape, 1, 0), dtype=float_type(session.get_inputs(), name))
         binding.bind_cpu_input(name, empty)
-    logits_1TV = _empty_logits(session, len(tokens))
-    binding.bind_output("logits", "cpu", 0, logits_1TV.dtype, logits_1TV.shape, logits_1TV.ctypes.data)
-    for name in outputs:
+    for name in ("logits", *outputs):
         binding.bind_output(name)
     options = onnxruntime.RunOptions()
     # the arena would keep the memory of one chunk, and grow with the next
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     with _running():
         session.run_with_iobinding(binding, options)
-    _, *others = binding.get_outputs()
-    return logits_1TV[0].astype(np.float32, copy=False), [output.numpy() for output in others]
+    logits, *others = binding.get_outputs()
+    logits_TV: npt.NDArray[np.floating[Any]] = np.from_dlpack(logits)[0]
+    return logits_TV.astype(np.float32, copy=False), [output.numpy() for output in others]
 
 
 @contextmanager
@@ -354,35 +374,14 @@ def _vocab_size(session: onnxruntime.InferenceSession) -> int:
     return next(int(output.shape[-1]) for output in session.get_outputs() if output.name == "logits")
 
 
-def _empty_logits(session: onnxruntime.InferenceSession, n_tokens: int) -> npt.NDArray[Any]:
-    return np.empty((1, n_tokens, _vocab_size(session)), dtype=float_type(session.get_outputs(), "logits"))
-
-
-def _token_inputs(
-    session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64], past_length: int
-) -> dict[str, npt.NDArray[np.int64]]:
-    """The token inputs that the graph has: not every exporter feeds positions."""
-    end = past_length + len(tokens)
-    values = {
-        "input_ids": tokens[None],
-        "attention_mask": np.ones((1, end), dtype=np.int64),
-        "position_ids": np.arange(past_length, end, dtype=np.int64)[None],
-    }
-    known = {value.name: value for value in session.get_inputs()}
-    return {
-        name: array.astype(np.int32) if known[name].type == "tensor(int32)" else array
-        for name, array in values.items()
-        if name in known
-    }
-
-
 def _open_session(
     path: Path, model: str | bytes, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)
 ) -> onnxruntime.InferenceSession:
     """Loads a graph from a path or from bytes; either way its weights lie beside ``path``."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # the runtime's warnings are about its own optimisations
+    # The runtime's warnings are about its own optimisations, and about logits of more positions than one.
+    options.log_severity_level = 3
     if isinstance(model, bytes):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.resolve().parent)

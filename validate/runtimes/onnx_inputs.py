@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
 
 from compressors.model.errors import InputError
-from compressors.model.files.onnx_names import continued_cache, is_cache_input, is_state
+from compressors.model.files.onnx_names import NUM_LOGITS_TO_KEEP, continued_cache, is_cache_input, is_state
 
-__all__ = ["CacheShape", "cache_shapes", "check_decoder", "float_type", "sized"]
+__all__ = [
+    "CacheShape",
+    "bind_logits_to_keep",
+    "cache_shapes",
+    "check_decoder",
+    "float_type",
+    "keeps_last_logits",
+    "sized",
+    "token_inputs",
+]
 
 _NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -58,6 +68,35 @@ def _cache_shape(name: str, declared: Sequence[int | str | None]) -> CacheShape 
 def sized(shape: CacheShape, n_texts: int, n_tokens: int) -> tuple[int, ...]:
     """The sizes of a cache of so many texts with room for so many tokens."""
     return (n_texts, *(n_tokens if size is None else size for size in shape))
+
+
+def token_inputs(
+    session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64], past_length: int
+) -> dict[str, npt.NDArray[np.int64]]:
+    """The token inputs that the graph has: not every exporter feeds positions."""
+    end = past_length + len(tokens)
+    values = {
+        "input_ids": tokens[None],
+        "attention_mask": np.ones((1, end), dtype=np.int64),
+        "position_ids": np.arange(past_length, end, dtype=np.int64)[None],
+    }
+    known = {value.name: value for value in session.get_inputs()}
+    return {
+        name: array.astype(np.int32) if known[name].type == "tensor(int32)" else array
+        for name, array in values.items()
+        if name in known
+    }
+
+
+def keeps_last_logits(session: onnxruntime.InferenceSession) -> bool:
+    """True if the graph makes logits of a text's last position alone, unless it is asked for more."""
+    return any(value.name == NUM_LOGITS_TO_KEEP for value in session.get_overridable_initializers())
+
+
+def bind_logits_to_keep(binding: onnxruntime.IOBinding, n_positions: int) -> None:
+    """Asks such a graph for the logits of so many last positions; 0: of all."""
+    number = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(n_positions, dtype=np.int64))
+    binding.bind_ortvalue_input(NUM_LOGITS_TO_KEEP, number)  # arrays cannot be bound to inputs with a default
 
 
 def check_decoder(path: Path, session: onnxruntime.InferenceSession) -> None:

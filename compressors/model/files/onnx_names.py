@@ -24,6 +24,7 @@ __all__ = [
     "MODEL_FILE",
     "NORM_SCALES",
     "NOT_CHOSEN",
+    "NUM_LOGITS_TO_KEEP",
     "OWN_EXPERTS",
     "RELU_ALPHA",
     "RESIDUAL_FACTOR",
@@ -54,6 +55,9 @@ CACHED = ("key", "value")
 """The two caches of a layer that attends."""
 STATES = ("conv_state", "recurrent_state")
 """The caches of a recurrent layer: the convolution's last inputs, and the state, which some mixers lack."""
+
+NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
+"""The input, with a default, that says of how many positions there are logits: each text's last ones, 0 for all."""
 
 EMBEDDING_FACTOR, RESIDUAL_FACTOR, HEAD_FACTOR = "embedding.factor", "residual.factor", "head.factor"
 """The constants by which the model multiplies; of several values, the later ones have a number behind the name."""

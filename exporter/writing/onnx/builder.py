@@ -37,6 +37,11 @@ class GraphBuilder:
         self._inputs.append(onnx.helper.make_tensor_value_info(name, dtype, dimensions))
         return name
 
+    def add_input_with_default(self, name: str, value: int) -> str:
+        """Declares an int64 scalar that a client may feed; otherwise it has the value."""
+        self._initializers[name] = onnx.numpy_helper.from_array(np.array(value, dtype=np.int64), name)
+        return self.add_input(name, onnx.TensorProto.INT64, [])
+
     def add_output(self, name: str, dtype: int, dimensions: Sequence[str | int]) -> None:
         """Declares a value that a node has made as a graph output."""
         self._outputs.append(onnx.helper.make_tensor_value_info(name, dtype, dimensions))

@@ -107,7 +107,7 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     """Bytes of the buffers while a chunk runs or, if more, of the largest tensor, which loading holds in two forms."""
     spec = layout.spec
     tokens = min(CHUNK_TOKENS, context)
-    values = tokens * spec.vocab_size  # logits
+    values = spec.vocab_size  # logits of the last position
     values += tokens * context  # attention bias
     values += tokens * spec.hidden_size * _LIVE_HIDDEN_STATES
     values += max(_mixer_values(layer, tokens, context) for layer in spec.layers)

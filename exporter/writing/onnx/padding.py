@@ -5,7 +5,7 @@ left, as transformers does it, the leading columns get a bias that removes them.
 row that starts late needs no other positions; only where norms follow it, tokens are counted from the row's first one.
 
 Where other nodes use the operator's cache, they are told the columns in which it puts tokens. Where states go from
-token to token, nodes are told which are tokens, and where each row's last one is.
+token to token, nodes are told which are tokens. All graphs find each row's last token.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RecurrentTokens:
     """Names of the values that keep padding out of states, which go from token to token."""
 
     kept: str  # float32 [batch, sequence, 1]: 1 for a token, 0 for padding
-    end: str  # int64 [batch, 1, 1]: tokens and padding up to a row's last token
+    end: str  # int64 [batch, 1, 1]: as in :class:`AttentionMask`
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class AttentionMask:
     last_positions: str  # int32 [batch]: column of each row's newest token
     total_length: str  # int32: columns of the mask
     bias: str  # float32 [batch, 1, sequence, columns]: 0, or -1e9 before a row's first token
+    end_of_tokens: str  # int64 [batch, 1]: tokens and padding, of those that run, up to a row's last token
     cached: CachedTokens | None  # None: the operator does it all
     recurrent: RecurrentTokens | None  # None: there are no states
     in_text: str | None  # int64 [batch, sequence]: tokens counted from their row's first one; None: nobody asks
@@ -89,9 +90,11 @@ def add_attention_mask(graph: GraphBuilder, input_ids: str, mask: str, mixers: I
     if turns_first and cached is not None:
         behind_first = graph.node("Sub", [cached.positions, lead_column], "cached.behind_first")
         in_text = graph.node("Max", [behind_first, zero], "cached.in_text")  # padding has no place
+    of_tokens = _add_mask_of_tokens(graph, mask, columns)
+    end_of_tokens = _add_end_of_tokens(graph, of_tokens)
     if any(mixer.is_recurrent for mixer in kinds):
-        recurrent = _add_recurrent_tokens(graph, mask, columns)
-    return AttentionMask(last_int32, total, bias, cached, recurrent, in_text)
+        recurrent = _add_recurrent_tokens(graph, of_tokens, end_of_tokens)
+    return AttentionMask(last_int32, total, bias, end_of_tokens, cached, recurrent, in_text)
 
 
 def _numbers(graph: GraphBuilder) -> tuple[str, str]:
@@ -138,18 +141,26 @@ def _add_cached_tokens(graph: GraphBuilder, of_mask: tuple[str, str, str, str]) 
     return CachedTokens(positions, end, end_of_past, is_step, step_bias)
 
 
-def _add_recurrent_tokens(graph: GraphBuilder, mask: str, columns: str) -> RecurrentTokens:
-    """The mask's last columns are those of the tokens that run; ``columns`` is the number of all of them."""
+def _add_mask_of_tokens(graph: GraphBuilder, mask: str, columns: str) -> str:
+    """The mask's last columns, which are those of the tokens that run; ``columns`` is the number of all of them."""
+    axis_0, axis_1 = graph.constant("axis.0", [0]), graph.constant("axis.1", [1])
+    end = graph.node("Unsqueeze", [columns, axis_0], "tokens.columns")
+    start = graph.node("Sub", [end, "sequence.length"], "tokens.start")
+    return graph.node("Slice", [mask, start, end, axis_1], "tokens.mask")
+
+
+def _add_end_of_tokens(graph: GraphBuilder, of_tokens: str) -> str:
+    """The number of each row's last token, counted from 1 and padding included; 0 if all is padding."""
     one, axis_0, axis_1 = graph.constant("one", 1), graph.constant("axis.0", [0]), graph.constant("axis.1", [1])
+    length = graph.node("Squeeze", ["sequence.length", axis_0], "tokens.length")
+    after_last = graph.node("Add", [length, one], "tokens.after_last")
+    numbers = graph.node("Range", [one, after_last, one], "tokens.numbers")
+    of_kept = graph.node("Mul", [of_tokens, numbers], "tokens.numbers_of_kept")
+    return graph.node("ReduceMax", [of_kept, axis_1], "tokens.end", keepdims=1)
+
+
+def _add_recurrent_tokens(graph: GraphBuilder, of_tokens: str, end_of_tokens: str) -> RecurrentTokens:
     axis_2 = graph.constant("axis.2", [2])
-    end = graph.node("Unsqueeze", [columns, axis_0], "recurrent.columns")
-    start = graph.node("Sub", [end, "sequence.length"], "recurrent.start")
-    of_tokens = graph.node("Slice", [mask, start, end, axis_1], "recurrent.mask")
     as_numbers = graph.node("Cast", [of_tokens], "recurrent.mask.float32", to=_FLOAT)
     kept = graph.node("Unsqueeze", [as_numbers, axis_2], "recurrent.kept")
-    length = graph.node("Squeeze", ["sequence.length", axis_0], "recurrent.length")
-    after_last = graph.node("Add", [length, one], "recurrent.after_last")
-    numbers = graph.node("Range", [one, after_last, one], "recurrent.numbers")
-    of_kept = graph.node("Mul", [of_tokens, numbers], "recurrent.numbers_of_tokens")
-    last = graph.node("ReduceMax", [of_kept, axis_1], "recurrent.last", keepdims=1)
-    return RecurrentTokens(kept, graph.node("Unsqueeze", [last, axis_2], "recurrent.end"))
+    return RecurrentTokens(kept, graph.node("Unsqueeze", [end_of_tokens, axis_2], "recurrent.end"))

@@ -19,7 +19,7 @@ from exporter.writing.onnx.layout import plan_tensors
 
 _GOLDEN = {
     "gguf": (2, "72229cbe1c0f63c76a6e22bd578af0a7210e92ebf390c8b02669d989d7aa37fc"),
-    "onnx": (7, "2c05fc414fa0fc392fa551c8d2d9f4ef7525d6ca9c3791abb38160edaaed1b90"),
+    "onnx": (8, "d4f449d837d889daf686a49d61cf8287aa864cadc85185b645e731019bb1c7dc"),
 }
 
 

@@ -22,6 +22,7 @@ from compressors.calibration.statistics import StatisticsCollector, importance
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import NO_MOE, MoeSize
 from compressors.model.errors import UnsupportedError
+from compressors.model.files.onnx_names import NUM_LOGITS_TO_KEEP
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
@@ -214,12 +215,15 @@ def _written_bytes(folder: Path) -> int:
 
 
 def _run_onnx(student: Student, folder: Path, tokens_T: Tokens) -> Logits:
-    session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of logits of more positions than one
+    session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
     n_tokens, spec, mixer = len(tokens_T), student.spec, student.spec.layers[0].mixer
     feeds: Mapping[str, Any] = {
         "input_ids": tokens_T[None],
         "attention_mask": np.ones((1, n_tokens), dtype=np.int64),
         "position_ids": np.arange(n_tokens)[None],
+        NUM_LOGITS_TO_KEEP: np.array(0),
     }
     empty = np.zeros((1, mixer.n_kv_heads, 0, mixer.head_dim), dtype=np.float32)
     past = {f"past_key_values.{layer}.{kind}": empty for layer in range(spec.n_layers) for kind in ("key", "value")}

@@ -16,6 +16,7 @@ from compressors.model.config.reading import read_spec
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
+from compressors.model.files.onnx_names import NUM_LOGITS_TO_KEEP
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.onnx import OnnxWeights
@@ -23,6 +24,7 @@ from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.writing.onnx.writer import write_onnx
+from validate.files.graph_settings import graph_setting_symptoms
 from validate.metrics.generation import greedy
 from validate.runtimes.backend import ChunkOutput, scored_positions
 from validate.runtimes.measure import RuntimeCrashError, measure_artifact
@@ -92,6 +94,47 @@ def test_greedy_tokens_through_the_cache(folder: Path, reference: PreTrainedMode
     assert backend.generate(prompt[0].tolist(), 32, greedy) == expected.tolist()
     list(backend.run(chunks[:1]))  # from now on the debug copy runs
     assert backend.generate(prompt[0].tolist(), 32, greedy) == expected.tolist()
+
+
+def test_last_logits_are_made_alone(folder: Path, chunks: Tokens, capfd: pytest.CaptureFixture[str]) -> None:
+    """They are those of the whole run, before and after the debug copy runs; the runtime prints no warning."""
+    backend = OnnxRuntimeBackend(folder, threads=1)
+    (before,) = backend.last_logits([chunks[0].tolist()], [5])
+    (output,) = backend.run(chunks[:1])
+    (after,) = backend.last_logits([chunks[0].tolist()], [5])
+    for found in (before, after):
+        assert found.shape == (5, backend.vocab_size)
+        assert np.abs(found[:4] - output.logits_SV[-4:]).max() < 1e-3  # the last position is not scored
+    assert not capfd.readouterr().err
+
+
+def test_a_graph_that_always_makes_all_logits(
+    family_folder: Path, folder: Path, tmp_path: Path, chunks: Tokens
+) -> None:
+    """Such are those of earlier versions, and of others."""
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    _make_all_logits(model.graph)
+    (tmp_path / MODEL_FILE).write_bytes(model.SerializeToString())
+    shutil.copyfile(folder / DATA_FILE, tmp_path / DATA_FILE)
+    ours, theirs = (OnnxRuntimeBackend(path, threads=1) for path in (folder, tmp_path))
+    prompt = chunks[0, :40].tolist()
+    assert theirs.generate(prompt, 8, greedy) == ours.generate(prompt, 8, greedy)
+    (expected,), (found,) = ours.run(chunks[:1]), theirs.run(chunks[:1])
+    np.testing.assert_array_equal(found.logits_SV, expected.logits_SV)
+    np.testing.assert_array_equal(found.routing.experts_LTK, expected.routing.experts_LTK)
+    assert graph_setting_symptoms(tmp_path / MODEL_FILE, read_spec(family_folder)) == []
+
+
+def _make_all_logits(graph: onnx.GraphProto) -> None:
+    """Puts a constant 0, for all positions, in the place of the input that asks for a number of logits."""
+    kept = [value for value in graph.input if value.name != NUM_LOGITS_TO_KEEP]
+    del graph.input[:]
+    graph.input.extend(kept)
+    (number,) = (tensor for tensor in graph.initializer if tensor.name == NUM_LOGITS_TO_KEEP)
+    number.CopyFrom(onnx.numpy_helper.from_array(np.array(0), "all"))
+    for node in graph.node:
+        node.input[:] = ["all" if name == NUM_LOGITS_TO_KEEP else name for name in node.input]
+    graph.output[0].type.tensor_type.shape.dim[1].dim_param = "sequence"
 
 
 def test_a_prompt_longer_than_a_chunk(folder: Path, reference: PreTrainedModel, heldout_tokens: Tokens) -> None:

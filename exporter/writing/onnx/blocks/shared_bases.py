@@ -48,7 +48,7 @@ def add_experts_on_bases(layer: LayerNodes, routed: Routed, logits: str, normed:
     states = graph.node("Reshape", [normed, shape], f"{prefix}experts.inputs")
     own = _add_own(layer, routed, bases, routing.logits, weights, states)
     total = _OnBases(layer, routed, bases).add(states, weights, own)
-    shape = graph.once("experts.shape", lambda name: graph.node("Shape", [normed], name))
+    shape = graph.node("Shape", [normed], f"{prefix}experts.shape")
     summed = graph.node("Reshape", [total, shape], f"{prefix}{EXPERTS_SUM}")
     return summed if routing.factor is None else graph.node("Mul", [summed, routing.factor], output)
 

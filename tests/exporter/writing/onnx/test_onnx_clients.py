@@ -15,7 +15,7 @@ from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.encodings import PRESETS
 from exporter.writing.onnx.writer import write_onnx
-from tests.exporter.writing.onnx.genai import continue_prompt
+from tests.exporter.writing.onnx.genai import continue_batch, continue_prompt
 from validate.metrics.generation import greedy
 from validate.runtimes.onnx import OnnxRuntimeBackend
 
@@ -48,6 +48,17 @@ def test_genai_generates_the_same_tokens(folder: Path) -> None:
     tokens, _ = continue_prompt(folder, prompt, len(expected))
     assert tokens and tokens == expected[: len(tokens)]
     assert len(tokens) == len(expected) or tokenizer.eos_token_id in expected[: len(tokens) + 1]
+
+
+def test_genai_generates_the_same_tokens_in_a_batch(folder: Path) -> None:
+    """Its rows are of different lengths, so that the last position of one is padding."""
+    prompts = ["The lamp stood on the table by the", "And the", "The lamp"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    backend = OnnxRuntimeBackend(folder, threads=1)
+    for prompt, found in zip(prompts, continue_batch(folder, prompts, 8), strict=True):
+        expected = backend.generate(tokenizer.encode(prompt), 8, greedy)
+        ends = expected.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in expected else len(expected)
+        assert found[:ends] == expected[:ends]
 
 
 def test_genai_reads_the_tokenizer(folder: Path) -> None:

@@ -81,6 +81,30 @@ def test_padding_on_either_side(
         assert np.abs(last_logits[row, -1] - _logits(reference, whole)[0, -1]).max() < _EXACT
 
 
+def test_logits_are_those_of_the_wanted_positions(float32_folder: Path, heldout_tokens: Tokens) -> None:
+    """Of the last one, if the graph is not told; nobody wants more than there are."""
+    tokens = heldout_tokens[None, 300:340].reshape(2, 20)
+    mask, session = np.ones_like(tokens), Session(float32_folder)
+    of_all = session.feed(tokens, mask)
+    for kept, n_positions in ((None, 1), (1, 1), (3, 3), (20, 20), (21, 20)):
+        found = session.feed(tokens, mask, kept=kept)
+        assert found.shape == (2, n_positions, of_all.shape[-1])
+        assert np.abs(found - of_all[:, -n_positions:]).max() < _EXACT
+
+
+def test_padding_behind_a_row_does_not_count(float32_folder: Path, heldout_tokens: Tokens) -> None:
+    """The last position is that of the row's last token; a row of one token gives its logits at each position."""
+    rows = [heldout_tokens[100:120], heldout_tokens[700:707], heldout_tokens[800:801]]
+    tokens, mask = padded(rows, "right")
+    session = Session(float32_folder)
+    of_all = session.feed(tokens, mask)
+    for kept in (1, 3):
+        found = session.feed(tokens, mask, kept=kept)
+        for row, values in enumerate(rows):
+            places = np.maximum(np.arange(len(values) - kept, len(values)), 0)
+            assert np.abs(found[row] - of_all[row, places]).max() < _EXACT
+
+
 def test_prompt_in_chunks(float32_folder: Path, reference: PreTrainedModel, heldout_tokens: Tokens) -> None:
     tokens = heldout_tokens[None, :300]
     session = Session(float32_folder)
