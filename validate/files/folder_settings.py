@@ -102,7 +102,7 @@ def _genai_symptoms(
 
 
 def _name_symptoms(decoder: Mapping[str, Any], graph: onnx.GraphProto) -> Iterator[str]:
-    """Yields names of inputs and outputs that the graph does not have, or that are not given.
+    """Yields names of inputs and outputs that the graph does not have, or that are not given and have no default.
 
     Names of states follow from those of keys, unless a layer keeps nothing but its convolution's last inputs.
     """
@@ -114,6 +114,7 @@ def _name_symptoms(decoder: Mapping[str, Any], graph: onnx.GraphProto) -> Iterat
         for key, name in said.items():
             if not isinstance(name, str) or _of_all_layers(name) not in names:
                 yield f"genai_config.json: decoder.{kind}.{key} is {name!r}, which the graph does not have"
+        names -= {tensor.name for tensor in graph.initializer}
         for name in sorted(names - {_of_all_layers(str(name)) for name in said.values()}):
             yield f"genai_config.json: decoder.{kind} lacks {name}, which the graph has"
 
