@@ -133,6 +133,7 @@ def opened(path: Path) -> AnsweringModel:
     """Loads a graph, for one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.log_severity_level = 3
     start = time.thread_time()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return AnsweringModel(session, time.thread_time() - start)

@@ -70,7 +70,8 @@ def ollama_commands(report: Report, path: Path, n_parts: int = 1) -> str:
 def onnxruntime_example(report: Report, folder: Path) -> str:
     """Three lines of Python that predict the next token with plain ONNX Runtime, from an empty cache.
 
-    Where layers differ in their caches, the graph says how large these are.
+    Where layers differ in their caches, the graph says how large these are. The runtime is told not to warn of the
+    input that may be left out.
     """
     heads, width = find(report, "source", "n_kv_heads"), find(report, "source", "head_dim")
     empty = "(1, i.shape[1], 0, i.shape[3])" if heads is None else f"(1, {heads}, 0, {width})"
@@ -79,7 +80,7 @@ def onnxruntime_example(report: Report, folder: Path) -> str:
     model, tokenizer = json.dumps(str(folder / "model.onnx")), json.dumps(str(folder / "tokenizer.json"))
     return "\n".join(
         (
-            "import numpy as np, onnxruntime, tokenizers; "
+            "import numpy as np, onnxruntime, tokenizers; onnxruntime.set_default_logger_severity(3); "
             f"session, tokenizer = onnxruntime.InferenceSession({model}), tokenizers.Tokenizer.from_file({tokenizer})",
             f"ids = np.array([tokenizer.encode({json.dumps(_PROMPT)}).ids]); "
             f"feeds = {{i.name: np.zeros({empty}, np.float32) "

@@ -335,6 +335,8 @@ def _run_from_empty_cache(
         outputs: names of the other outputs.
         n_positions: the number of last positions that have logits, where the graph leaves a choice; 0: all.
     """
+    from torch.utils.dlpack import from_dlpack  # a process that only measures a file needs no torch
+
     binding = session.io_binding()
     for name, values in token_inputs(session, tokens, 0).items():
         binding.bind_cpu_input(name, values)
@@ -351,8 +353,8 @@ def _run_from_empty_cache(
     with _running():
         session.run_with_iobinding(binding, options)
     logits, *others = binding.get_outputs()
-    logits_TV: npt.NDArray[np.floating[Any]] = np.from_dlpack(logits)[0]
-    return logits_TV.astype(np.float32, copy=False), [output.numpy() for output in others]
+    logits_TV: npt.NDArray[np.float32] = from_dlpack(logits)[0].float().numpy()  # numpy's own would be read-only
+    return logits_TV, [output.numpy() for output in others]
 
 
 @contextmanager
