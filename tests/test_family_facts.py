@@ -64,6 +64,8 @@ _ANOTHER_MEANING = {
     # an attribute of ONNX Runtime's operators
     "exporter/writing/onnx/glu.py": {"swiglu_limit"},
     "validate/files/graph_settings.py": {"swiglu_limit"},
+    # an input of our graphs
+    "compressors/model/files/onnx_names.py": {"num_logits_to_keep"},
     # a type of onnxruntime-genai
     "exporter/writing/onnx/clients.py": {"qwen3_5_moe_text"},
     # a value in our graphs, and a line of what inspect prints
