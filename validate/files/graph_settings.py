@@ -313,6 +313,8 @@ def _is_same(found: Any, wanted: Any) -> bool:
     if wanted is None:
         return False
     if isinstance(found, onnx.TensorProto):
+        if found.data_type == onnx.TensorProto.UNDEFINED:
+            return False
         return bool((onnx.numpy_helper.to_array(found) == np.float32(wanted)).all())
     if isinstance(wanted, float) or isinstance(found, float):
         if not isinstance(found, (int, float)) or not isinstance(wanted, (int, float)):

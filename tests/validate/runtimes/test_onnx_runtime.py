@@ -125,6 +125,17 @@ def test_a_graph_that_always_makes_all_logits(
     assert graph_setting_symptoms(tmp_path / MODEL_FILE, read_spec(family_folder)) == []
 
 
+def test_an_attribute_of_no_type_is_named(family_folder: Path, folder: Path, tmp_path: Path) -> None:
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    cast = next(node for node in model.graph.node if node.op_type == "Cast")
+    del cast.attribute[:]
+    cast.attribute.append(onnx.helper.make_attribute("to", onnx.TensorProto()))
+    (tmp_path / MODEL_FILE).write_bytes(model.SerializeToString())
+    shutil.copyfile(folder / DATA_FILE, tmp_path / DATA_FILE)
+    (symptom,) = graph_setting_symptoms(tmp_path / MODEL_FILE, read_spec(family_folder))
+    assert symptom.startswith("Cast to:")
+
+
 def _make_all_logits(graph: onnx.GraphProto) -> None:
     """Puts a constant 0, for all positions, in the place of the input that asks for a number of logits."""
     kept = [value for value in graph.input if value.name != NUM_LOGITS_TO_KEEP]
