@@ -35,6 +35,7 @@ from tests.families.conftest import logits_of
 from tests.families.rows import Row
 from tests.float8_checkpoints import SCHEMES, Scheme, all_tensors, blocks, write_float8
 from validate.files.weight_comparison import compare_weights
+from validate.metrics.generation import greedy
 from validate.routing.agreement import routing_agreement
 from validate.routing.router_alone import RouterInputRecorder, router_alone
 from validate.routing.router_inputs import RouterInputs
@@ -221,6 +222,9 @@ def test_llama_cpp_computes_and_routes_like_torch(
     backend = LlamaCppBackend(tmp_path / "x.gguf", n_ctx=64, kv_type="f32", threads=1)
     alone = router_alone(fed, backend.route(blocks_BT.numpy(), fed))
     assert alone.agreement.mean("overlap") == 1.0 and alone.margin_error < 1e-5
+    prompts = [blocks_BT[text, :12].tolist() for text in (0, 0, 1)]  # equal ones are run once
+    apart = [backend.generate(prompt, 6, greedy) for prompt in prompts]
+    assert backend.generate_together(prompts, 6, [greedy] * len(prompts)) == apart
 
 
 @pytest.mark.parametrize("mix", ["F32", "Q8_0"])

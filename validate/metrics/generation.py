@@ -109,12 +109,11 @@ def generate_texts(
         prompts_PT: int64 token ids.
         progress: called with the number of new texts.
     """
-    n_prompts, number = len(prompts_PT), example_prompt(len(prompts_PT))
-    wanted = [
-        *((prompt, greedy) for prompt in prompts_PT.tolist()),
-        *((prompt, sampled(number)) for number, prompt in enumerate(prompts_PT.tolist())),
-        (prompts_PT[number].tolist(), sampled(number, temperature=EXAMPLE_TEMPERATURE)),
-    ]
+    example = example_prompt(len(prompts_PT))
+    wanted: list[tuple[list[int], ChooseToken]] = []
+    for number, prompt in enumerate(prompts_PT.tolist()):  # side by side, since equal prompts are run once
+        wanted += [(prompt, greedy), (prompt, sampled(number))]
+    wanted.append((prompts_PT[example].tolist(), sampled(example, temperature=EXAMPLE_TEMPERATURE)))
     texts: list[list[int]] = []
     for start in range(0, len(wanted), _TEXTS_AT_ONCE):
         prompts, choose = zip(*wanted[start : start + _TEXTS_AT_ONCE], strict=True)
@@ -122,7 +121,7 @@ def generate_texts(
         if progress is not None:
             progress(len(prompts))
     texts_BN = np.array(texts, dtype=np.int64)
-    return GeneratedTexts(texts_BN[:n_prompts], texts_BN[n_prompts:-1], texts_BN[-1])
+    return GeneratedTexts(texts_BN[:-1:2], texts_BN[1:-1:2], texts_BN[-1])
 
 
 def greedy(logits_V: npt.NDArray[np.float32]) -> int:

@@ -198,6 +198,11 @@ class Session:
         api.llama_memory_seq_rm(memory, text, -1, -1)
         return 0
 
+    def copy(self, source: int, text: int) -> None:
+        """Gives a text whose cache is empty all that the cache holds of another one."""
+        assert self._context is not None
+        api.llama_memory_seq_cp(api.llama_get_memory(self._context), source, text, -1, -1)
+
     def check(self, tokens_T: npt.NDArray[np.int64]) -> None:
         """Refuses tokens that cannot be appended."""
         if not 0 < len(tokens_T) <= self._n_ctx - self._length:

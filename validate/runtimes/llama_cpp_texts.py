@@ -68,23 +68,42 @@ class LlamaCppTexts:
             RuntimeCrashError: llama.cpp could not evaluate the tokens.
         """
         new: dict[int, list[int]] = {text: [] for text in texts}
-        rows = [row for text, tokens in texts.items() for row in self._missing_rows(text, tokens)]
+        alike = self._new_and_alike(texts)
+        rows = [row for text in alike for row in self._missing_rows(text, texts[text])]
         while rows:
             for start in range(0, len(rows), _TOKENS_AT_ONCE):
                 part = rows[start : start + _TOKENS_AT_ONCE]
                 self._session.decode_rows(part)
                 for index, row in enumerate(part):
                     self._cached[row.text].append(row.token)
-                    if row.wants_logits:
-                        token = choose[row.text](self._session.row_logits(index))
+                    for text in alike[row.text] if row.wants_logits else ():
+                        token = choose[text](self._session.row_logits(index))
                         assert token is not None
-                        new[row.text].append(token)
+                        new[text].append(token)
+            self._copy(alike)
+            alike = {text: [text] for text in texts}
             rows = [
                 Row(new[text][-1], len(self._cached[text]), text, wants_logits=True)
                 for text in texts
                 if len(new[text]) < most[text]
             ]
         return new
+
+    def _new_and_alike(self, texts: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+        """The texts that are run, and for each of them those that are equal to it, itself included, and not begun."""
+        alike: dict[int, list[int]] = {}
+        first: dict[tuple[int, ...], int] = {}
+        for text, tokens in texts.items():
+            run = text if self._cached[text] else first.setdefault(tuple(tokens), text)
+            alike.setdefault(run, []).append(text)
+        return alike
+
+    def _copy(self, alike: Mapping[int, Sequence[int]]) -> None:
+        for source, texts in alike.items():
+            for text in texts:
+                if text != source:
+                    self._session.copy(source, text)
+                    self._cached[text] = list(self._cached[source])
 
     def _missing_rows(self, text: int, tokens: Sequence[int]) -> Iterator[Row]:
         """The tokens of a text that its cache lacks, at least the last one; tokens that it has too many are cut."""
