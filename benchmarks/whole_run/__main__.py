@@ -19,7 +19,7 @@ from benchmarks.export.llama_cpp import build_tools
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from benchmarks.whole_run.llama_cpp import run_tools
 from benchmarks.whole_run.ours import run_ours
-from benchmarks.whole_run.table import Part, Side, record
+from benchmarks.whole_run.table import Part, Side, record, recorded_side
 from benchmarks.whole_run.texts import write_texts
 from benchmarks.whole_run.watched import read_into_page_cache
 
@@ -34,6 +34,7 @@ _REPOSITORY = Path(__file__).parents[2]
 @click.option("--quant", default="Q4_K", show_default=True, help="A mix of llama-quantize.")
 @click.option("--memory", default="3.5GB", show_default=True, help="What our command may use.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
+@click.option("--keep-theirs", is_flag=True, help="Run our side alone, beside theirs of the run that is recorded.")
 @click.option("--tools", default=_REPOSITORY / ".venv-llama", type=Path, help="Where the tools are built.")
 @click.option(
     "--folder", default=Path(tempfile.gettempdir()) / "moe-export-whole-run", type=Path, help="For all files."
@@ -46,28 +47,31 @@ def main(
     quant: str,
     memory: str,
     threads: int,
+    keep_theirs: bool,
     tools: Path,
     folder: Path,
 ) -> None:
     """Measures both sides, prints each part, and records the run; the checkpoint is kept."""
-    llama_cpp = build_tools(tools)
     config = with_layers(MODELS[shape], layers)
+    run = {"shape": shape, "layers": config["num_hidden_layers"], "quant": quant, "blocks": blocks, "chunks": chunks}
+    run |= {"threads": threads, "memory": memory}
     source = folder / f"{shape}-{config['num_hidden_layers']}-layers"
     if not source.exists():
         write_checkpoint(config, source)
     texts = write_texts(source, folder, blocks, chunks)
     read_into_page_cache(source)
-    their_folder = _emptied(folder / "theirs")
-    theirs, figures = run_tools(llama_cpp, source, texts, their_folder, quant, threads, _show)
-    shutil.rmtree(their_folder)
-    read_into_page_cache(source)
-    ours, our_figures = run_ours(source, texts, _emptied(folder / "ours"), quant, memory, threads)
-    for part in ours:
+    if keep_theirs:
+        theirs = recorded_side(run)
+    else:
+        their_folder = _emptied(folder / "theirs")
+        theirs = Side(*run_tools(build_tools(tools), source, texts, their_folder, quant, threads, _show))
+        shutil.rmtree(their_folder)
+        read_into_page_cache(source)
+    ours = Side(*run_ours(source, texts, _emptied(folder / "ours"), quant, memory, threads))
+    for part in ours.parts:
         _show(part)
-    run = {"shape": shape, "layers": config["num_hidden_layers"], "quant": quant, "blocks": blocks, "chunks": chunks}
-    run |= {"threads": threads, "memory": memory}
     source_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    record(run, source_bytes, Side(ours, our_figures), Side(theirs, figures))
+    record(run, source_bytes, ours, theirs, kept_theirs=keep_theirs)
 
 
 def _emptied(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from benchmarks.whole_run.watched import Cost
 __all__ = ["Figures", "Part", "Side", "record"]
 
 _RESULTS = Path(__file__).parents[1] / "results"
+_FILE = "whole_run.json"
 _TEXTS_STAGE = "teacher_texts"
 _MOST_TIME, _MOST_MEMORY, _MOST_READS, _MOST_PASSES = 1.25, 3_500_000_000, 3, 16
 _DISK_OF_SOURCE = 0.1
@@ -68,7 +69,29 @@ class Side:
     figures: Figures
 
 
-def record(run: Mapping[str, Any], source_bytes: int, ours: Side, theirs: Side, folder: Path = _RESULTS) -> None:
+def recorded_side(run: Mapping[str, Any], folder: Path = _RESULTS) -> Side:
+    """The tools' side of an equal run that is recorded.
+
+    Raises:
+        LookupError: there is none.
+    """
+    runs = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    found = next((one["theirs"] for one in runs if one["run"] == run), None)
+    if found is None:
+        raise LookupError(f"{folder / _FILE} has no run with {run}: run both sides")
+    parts = [Part(**{**part, "cost": part["cost"] and Cost(**part["cost"])}) for part in found["parts"]]
+    return Side(parts, Figures(**found["figures"]))
+
+
+def record(
+    run: Mapping[str, Any],
+    source_bytes: int,
+    ours: Side,
+    theirs: Side,
+    folder: Path = _RESULTS,
+    *,
+    kept_theirs: bool = False,
+) -> None:
     """Puts a run into both files, in place of an equal one that is there.
 
     Args:
@@ -77,10 +100,12 @@ def record(run: Mapping[str, Any], source_bytes: int, ours: Side, theirs: Side, 
         ours: the first part is the whole command.
         theirs: one part for each tool.
         folder: where the files are.
+        kept_theirs: theirs is that of an earlier run.
     """
-    path = folder / "whole_run.json"
+    path = folder / _FILE
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     new = {"run": dict(run), "source_bytes": source_bytes, "ours": asdict(ours), "theirs": asdict(theirs)}
+    new["kept_theirs"] = kept_theirs
     runs = [one for one in runs if one["run"] != new["run"]] + [json.loads(json.dumps(new))]
     path.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
     sections = "\n".join(line for one in runs for line in _section(one))
@@ -94,7 +119,8 @@ def _section(one: Mapping[str, Any]) -> list[str]:
         f"## {run['shape']}, {run['layers']} layers ({_gigabytes(one['source_bytes'])}), {run['quant']}",
         "",
         f"{run['blocks']} calibration blocks and {run['chunks']} held-out chunks of 512 tokens, {run['threads']} "
-        f"threads, `--memory {run['memory']}`.",
+        f"threads, `--memory {run['memory']}`."
+        + (" Theirs is that of an earlier run on the same machine." if one.get("kept_theirs") else ""),
         "",
         "| | seconds | CPU | peak | together | disk read | written | calls read | written | disk | reads |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

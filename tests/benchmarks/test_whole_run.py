@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.whole_run.table import Figures, Part, Side, record
+from benchmarks.whole_run.table import Figures, Part, Side, record, recorded_side
 from benchmarks.whole_run.texts import write_texts
 from benchmarks.whole_run.watched import Cost, run_watched
 from compressors.calibration.splits import read_splits
@@ -76,3 +76,6 @@ def test_the_table_says_which_goals_are_reached(tmp_path: Path) -> None:
         "| reads of the source, without texts | 3 | 2.00 | reached |",
         "| reads for the original's texts | 16 | 4.00 | reached |",
     ]
+    assert recorded_side(run, tmp_path) == Side(theirs, figures)
+    with pytest.raises(LookupError, match="run both sides"):
+        recorded_side(run | {"threads": 1}, tmp_path)
