@@ -46,10 +46,10 @@ def test_a_student_that_is_the_original_is_not_run(plan: Plan, tmp_path: Path, m
     expected = evaluate(TorchBackend(teacher), token_blocks(work).heldout.numpy(), known)
     monkeypatch.delattr(TorchBackend, "run")
     found = Evaluation.load(run_stage(VALIDATE_TORCH, plan, work) / EVALUATION.name)
-    for name, values in vars(expected.against["teacher"]).items():
-        np.testing.assert_array_equal(vars(found.against["teacher"])[name], values, err_msg=name)
+    for name, values in vars(expected.against["teacher"]).items():  # which were compared in 16 bits
+        np.testing.assert_allclose(vars(found.against["teacher"])[name], values, atol=16 / 65535, err_msg=name)
     np.testing.assert_array_equal(found.negative_log_likelihood_N, expected.negative_log_likelihood_N)
     assert found.routing is not None and expected.routing is not None
     for name, values in vars(expected.routing).items():
         np.testing.assert_array_equal(vars(found.routing)[name], values, err_msg=name)
-    assert abs(found.against["teacher"].kl_divergence_N.mean()) < 1e-5, "rounding to 16 bits"
+    assert (found.against["teacher"].kl_divergence_N == 0).all()
