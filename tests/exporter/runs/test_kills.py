@@ -106,7 +106,8 @@ class _Attempt:
     def kill(self, seconds: float, *, whole_group: bool) -> bool:
         """Kills it after this time; False if it had ended by itself."""
         if self._program.wait(seconds) is None:
-            (os.killpg if whole_group else os.kill)(self._program.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may end in between
+                (os.killpg if whole_group else os.kill)(self._program.pid, signal.SIGKILL)
             self._program.wait()
         self._program.stderr.close()
         return self._program.returncode == -signal.SIGKILL
