@@ -68,7 +68,7 @@ class LlamaCppTexts:
             RuntimeCrashError: llama.cpp could not evaluate the tokens.
         """
         new: dict[int, list[int]] = {text: [] for text in texts}
-        alike = self._new_and_alike(texts)
+        alike = self._grouped(texts)
         rows = [row for text in alike for row in self._missing_rows(text, texts[text])]
         while rows:
             for start in range(0, len(rows), _TOKENS_AT_ONCE):
@@ -89,8 +89,8 @@ class LlamaCppTexts:
             ]
         return new
 
-    def _new_and_alike(self, texts: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
-        """The texts that are run, and for each of them those that are equal to it, itself included, and not begun."""
+    def _grouped(self, texts: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+        """Each text that is run, with those that get its tokens: itself, and equal ones if none of them has begun."""
         alike: dict[int, list[int]] = {}
         first: dict[tuple[int, ...], int] = {}
         for text, tokens in texts.items():
@@ -99,6 +99,7 @@ class LlamaCppTexts:
         return alike
 
     def _copy(self, alike: Mapping[int, Sequence[int]]) -> None:
+        """Gives texts that were not run what the cache holds of the equal one that was."""
         for source, texts in alike.items():
             for text in texts:
                 if text != source:
