@@ -123,7 +123,10 @@ class LlamaCppBackend:
         parts = []
         for chunk, tokens_T in enumerate(tokens_BT):
             self._routing.start(inputs, first=chunk * len(tokens_T))
-            self._decode_chunk(tokens_T)
+            self._session.clear()
+            with self._routing.without_logits(self._model.n_layers - 1):
+                for half_T in np.array_split(tokens_T, 2):  # room for logits is set aside, as in _decode_chunk
+                    self._session.decode(half_T, all_logits=True)
             parts.append(self._routing.finish(len(tokens_T)))
         return RoutingRecord.concatenate(parts)
 
