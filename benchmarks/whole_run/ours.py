@@ -19,6 +19,7 @@ __all__ = ["run_ours"]
 
 _OUTSIDE = "plan and report"
 _NO_LIMIT = "1000TB"
+_CONTEXT = "512"  # that of llama-perplexity and llama-imatrix unless they are told otherwise
 
 
 def run_ours(
@@ -38,7 +39,7 @@ def run_ours(
     work = Path(f"{out}.work")
     command: list[str | Path] = [sys.executable, "-m", "exporter", source, "--out", out, "--formats", "gguf"]
     command += ["--budget", _NO_LIMIT, "--budget-kind", "file", "--quant", quant, "--quantizer", "kernel"]
-    command += ["--recover", "none", "--calibration", texts.calibration, "--text", texts.heldout]
+    command += ["--context", _CONTEXT, "--recover", "none", "--calibration", texts.calibration, "--text", texts.heldout]
     command += ["--memory", memory, "--threads", str(threads), "--force"]
     cost, watched, _ = run_watched(
         command,

@@ -25,7 +25,8 @@ The same checkpoint of real shape with random weights, all experts kept, one GGU
 of the original and of the file, and the file's divergence. The same calibration tokens for the importance matrix, the
 same held-out tokens, threads, and a source that is in the page cache. Theirs is `convert_hf_to_gguf.py` to BF16,
 `llama-imatrix`, `llama-quantize`, and `llama-perplexity` for the original's logits and for the file, each with its own
-defaults, compiled from the sources of the llama-cpp-python that we use. Ours is the command that a person types; it
+defaults, compiled from the sources of the llama-cpp-python that we use. Ours is the command that a person types, with
+`--context 512`, which is theirs by default: the file's memory and speed are measured with a cache of so many tokens. It
 also compares routing, computes the file's weights in torch, and lets the original and the file write texts.
 
 *Peak* is the largest resident size of one process, mapped pages of files included; *together* that of all processes at
