@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 from collections.abc import Sequence
@@ -97,9 +98,13 @@ def bases_by_layer(counts: Sequence[int], n_bases: int) -> list[int]:
             f"{sum(fewest)} to {sum(most)}"
         )
     bases = list(fewest)
-    while sum(bases) < n_bases:
-        open_layers = [layer for layer, number in enumerate(bases) if number < most[layer]]
-        bases[max(open_layers, key=lambda layer: counts[layer] / bases[layer])] += 1
+    fullest = [(-counts[layer] / bases[layer], layer) for layer in range(len(counts)) if bases[layer] < most[layer]]
+    heapq.heapify(fullest)
+    for _ in range(n_bases - sum(fewest)):
+        _, layer = heapq.heappop(fullest)
+        bases[layer] += 1
+        if bases[layer] < most[layer]:
+            heapq.heappush(fullest, (-counts[layer] / bases[layer], layer))
     return bases
 
 
