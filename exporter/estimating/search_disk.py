@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from statistics import fmean
 
 from compressors.calibration.sizes import layer_input_bytes, n_kept_blocks
@@ -34,12 +35,11 @@ def search_lines(plan: Plan) -> dict[str, int]:
         return {}
     original = whole(plan.teacher_spec)
     smaller = [choice for choice in structures_for(plan.search, plan.teacher_spec) if choice != original]
-    structures = [choice for choice in smaller if _containers(choice, plan)]
-    tried = [_as_tried(plan, choice) for choice in _largest(structures, plan)]
+    tried = [_as_tried(plan, choice) for choice in _largest(smaller, plan)]
     file = max(prediction.file for prediction in plan.predictions.values())
     return {
         "hidden states": state_bytes(plan, 4 * plan.recipe.text.selection_blocks),
-        "sensitivities": sensitivity_bytes(plan.teacher_spec) if structures else 0,  # the structure's
+        "sensitivities": sensitivity_bytes(plan.teacher_spec) if tried else 0,  # the structure's
         "files that the search measures": file,
         "a smaller structure that the search tries": max((_tried_bytes(each, file) for each in tried), default=0),
     }
@@ -55,11 +55,16 @@ def _largest(structures: Sequence[CompressChoice], plan: Plan) -> Iterator[Compr
     """Yields the structures that may need most: by the bytes of changed experts, and by the parameters of experts."""
     teacher, itemsize = plan.teacher_spec, plan.open_source().storage_type.itemsize
     changed = [choice for choice in structures if changes_experts(choice)]
-    if changed:
-        yield max(changed, key=lambda choice: _bytes_of_changed(choice, teacher, itemsize))
-    for alike in (changed, [choice for choice in structures if choice not in changed]):
-        if alike:
-            yield max(alike, key=lambda choice: _relative_size(choice, teacher))
+    unchanged = [choice for choice in structures if choice not in changed]
+    orders = (
+        sorted(changed, key=lambda choice: _bytes_of_changed(choice, teacher, itemsize), reverse=True),
+        *(
+            sorted(alike, key=lambda choice: _relative_size(choice, teacher), reverse=True)
+            for alike in (changed, unchanged)
+        ),
+    )
+    for largest_first in orders:
+        yield from islice((choice for choice in largest_first if _containers(choice, plan)), 1)
 
 
 def _relative_size(choice: CompressChoice, teacher: ModelSpec) -> float:
