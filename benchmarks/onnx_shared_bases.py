@@ -70,7 +70,7 @@ _SHAPE: Mapping[str, Any] = {
 }
 _ROUTER_SPREAD = 0.05  # of random routers: tokens then choose different experts
 _PRESET, _SHARE = "Q4_0", 0.5
-_ROUNDS, _PROMPT, _STEPS = 3, 512, 20
+_ROUNDS, _PROMPT, _STEPS = 12, 512, 20
 _CHUNKS, _CHUNK_TOKENS = 6, 512
 _INPUTS: tuple[ProductInputs, ...] = ("float32", "int8")
 _PRUNED = "pruned"
