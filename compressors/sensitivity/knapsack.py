@@ -4,7 +4,7 @@ A price of bytes turns the problem into one for each unit alone (Lagrangian rela
 gives a lower bound L that no choice can undercut. A choice's excess over L is the sum of two parts: how far each unit's
 option lies above the unit's best at that price, and the price of the bytes that are left. So an option that alone lies
 further above L than the best known choice is excluded, and few are left; a list of partial choices without dominated
-ones (Nemhauser and Ullmann, 1969) finds the best. The list is cut at a fixed length, and the gap to L bounds the loss.
+ones (Nemhauser and Ullmann, 1969) finds the best. The list is cut, and the gap to L bounds the loss.
 
 Letters: U units, N options, S partial choices.
 """
@@ -24,7 +24,8 @@ from compressors.sensitivity.table import Option, TypeTable
 
 __all__ = ["Allocation", "allocate", "allocate_file", "smallest_bytes"]
 
-_MOST_PARTIAL_CHOICES = 2048
+_PARTIAL_CHOICES = 1 << 17  # of all units together, so that the time does not grow with their number
+_LEAST_PARTIAL_CHOICES = 256  # of each unit; the more units, the less one of them counts, and the fewer are enough
 _MOST_TANGENTS = 5
 _SAME_PRICE = 1e-9  # relative difference of prices that is rounding, or comes from alike units in another order
 _PRICE_STEPS = 200  # steps of the bisection: more than double precision can tell apart
@@ -271,7 +272,8 @@ def _search(options: _Options, byte_limit: int, price: float) -> tuple[npt.NDArr
         return filled_U, bound
     above_UN = priced_UN - best_U[:, None]
     extra_UN = options.bytes_UN - np.take_along_axis(options.bytes_UN, greedy_U[:, None], 1)
-    partial = _Partial(room, price, most)
+    n_kept = max(_PARTIAL_CHOICES // len(greedy_U), _LEAST_PARTIAL_CHOICES)
+    partial = _Partial(room, price, most, n_kept)
     for unit in (above_UN <= most).sum(1).argsort(kind="stable").tolist():
         partial.extend(unit, extra_UN[unit], above_UN[unit])
     found_U = partial.best(len(greedy_U))
@@ -332,12 +334,14 @@ class _Partial:
         room: bytes that the greedy choice leaves.
         price: price of a byte.
         most: choices that lie further above the bound are dropped; not negative.
+        n_kept: the number of choices that are kept.
     """
 
-    def __init__(self, room: int, price: float, most: float) -> None:
+    def __init__(self, room: int, price: float, most: float, n_kept: int) -> None:
         self._room = room
         self._price = price
         self._most = most
+        self._n_kept = n_kept
         self._bytes_S = np.zeros(1, dtype=np.int64)
         self._above_S = np.zeros(1)
         self._steps: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []  # unit, parent, option
@@ -354,8 +358,8 @@ class _Partial:
         above = (above_N[options][:, None] + self._above_S).ravel()
         order = self._undominated(n_bytes, above, n_partial)
         order = order[above[order] <= self._most]
-        if len(order) > _MOST_PARTIAL_CHOICES:
-            kept = np.argpartition(above[order], _MOST_PARTIAL_CHOICES)[:_MOST_PARTIAL_CHOICES]
+        if len(order) > self._n_kept:
+            kept = np.argpartition(above[order], self._n_kept)[: self._n_kept]
             order = order[np.sort(kept)]
         self._bytes_S, self._above_S = n_bytes[order], above[order]
         self._steps.append((unit, order % n_partial, options[order // n_partial]))

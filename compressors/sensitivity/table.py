@@ -18,7 +18,7 @@ class Option:
     """One type that a unit may have."""
 
     choice: str  # the type's name
-    n_bytes: int  # in the file, alignment included
+    n_bytes: int  # in the file, alignment included; of ONNX under a budget of memory, at run time
     order: SecondOrder  # predicted
     seconds: float = 0.0  # its part of the time to decode a token
 

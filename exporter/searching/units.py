@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import UnsupportedError
@@ -10,12 +12,13 @@ from compressors.model.files.storage_type import StorageType
 from compressors.sensitivity import Candidate, Quantizer, UnitPlan, feedback_factor, ggml_quantizer
 from compressors.sensitivity.quantizers import blocks_quantizer, searched_q2_0_quantizer
 from exporter.estimating.prediction import Prediction
-from exporter.planning.recipe import FileChoice
+from exporter.planning.recipe import BudgetKind, FileChoice
 from exporter.searching.decode_cost import seconds_of
 from exporter.searching.untyped_file import UntypedFile
 from exporter.writing.gguf.mixes import MIXES
 from exporter.writing.gguf.type_table import ALLOCATED_TYPES, StoredTypes, plan_gguf_units
-from exporter.writing.onnx.encodings import ENCODINGS, PRESETS, Encoding, onnx_units
+from exporter.writing.onnx.encodings import ENCODINGS, PRESETS, Encoding, Unit, onnx_units
+from exporter.writing.onnx.memory import unit_runtime_bytes
 
 __all__ = ["LAST_RESORT", "fitting_mixes", "gguf_units", "units_of"]
 
@@ -47,7 +50,7 @@ def units_of(untyped: UntypedFile, weights: StorageType, stored: StoredTypes | N
     """
     if untyped.artifact == "gguf":
         return gguf_units(untyped.spec, weights, untyped.choice, _expected_types(untyped) if stored is None else stored)
-    return onnx_unit_plans(untyped.spec, untyped.choice)
+    return onnx_unit_plans(untyped.spec, untyped.choice, untyped.budget.kind)
 
 
 def fitting_mixes(untyped: UntypedFile) -> list[tuple[FileChoice, Prediction]]:
@@ -115,17 +118,29 @@ def gguf_units(
     return tuple(plans)
 
 
-def onnx_unit_plans(spec: ModelSpec, choice: FileChoice) -> tuple[UnitPlan, ...]:
-    """Lists the units of an ONNX file, each with its encodings."""
+def onnx_unit_plans(spec: ModelSpec, choice: FileChoice, budget_kind: BudgetKind = "file") -> tuple[UnitPlan, ...]:
+    """Lists the units of an ONNX file, each with its encodings.
+
+    Args:
+        spec: the student.
+        choice: says how codes are chosen, and the inputs of products.
+        budget_kind: a budget of the ``total`` counts what the runtime keeps beside the file's bytes, which depends on
+            the encoding; so do the candidates then. Of a GGUF file both budgets count the same bytes of a tensor.
+    """
     with_feedback = choice.quantizer == "feedback"
+
+    def candidate(unit: Unit, name: str, n_bytes: int) -> Candidate:
+        encoding = ENCODINGS[name]
+        if budget_kind == "total":
+            n_bytes = unit_runtime_bytes(spec, unit, replace(encoding, inputs=choice.inputs))
+        return _encoding_candidate(encoding, n_bytes, with_feedback)
+
     return tuple(
         UnitPlan(
             unit.name,
             (unit.name,),
             tuple((role, unit.layer) for role in unit.weights),
-            tuple(
-                _encoding_candidate(ENCODINGS[name], n_bytes, with_feedback) for name, n_bytes in unit.encodings.items()
-            ),
+            tuple(candidate(unit, name, n_bytes) for name, n_bytes in unit.encodings.items()),
         )
         for unit in onnx_units(spec)
     )

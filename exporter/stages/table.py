@@ -192,7 +192,7 @@ def _within(*stages: Stage) -> Reads:
 SEARCH = Stage(
     "search",
     "search.search",
-    version=4,
+    version=5,
     what="search for the best file that fits",
     reads=_within(COMPRESS, RECOVER, GGUF, ONNX),
     writes=(FOUND, EFFORT, TRIAL),

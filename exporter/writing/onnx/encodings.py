@@ -55,9 +55,11 @@ class Encoding:
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of the codes and scales of a weight of this shape, without padding in the file."""
-        n_values = math.prod(shape)
-        n_scales = 0 if self.blocks is None else n_values // self.blocks.block_size
-        return n_values * self.bits // _BYTE_BITS + n_scales * _SCALE_BYTES
+        return math.prod(shape) * self.bits // _BYTE_BITS + self.scale_bytes(shape)
+
+    def scale_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of the scales alone."""
+        return 0 if self.blocks is None else math.prod(shape) // self.blocks.block_size * _SCALE_BYTES
 
 
 def _of_blocks(bits: int, block_size: int) -> Encoding:

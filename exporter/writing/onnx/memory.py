@@ -17,10 +17,11 @@ from compressors.model.errors import InputError
 from compressors.model.files.integer_blocks import ProductInputs
 from compressors.model.sources.onnx_weights import Form, factors_of_layer, joins_bases, written_shape
 from exporter.capabilities.onnx import needs_nodes
+from exporter.writing.onnx.encodings import Encoding, Unit, adapter_encoding
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors
 from validate.runtimes.cost import CHUNK_TOKENS
 
-__all__ = ["predict_runtime_bytes"]
+__all__ = ["predict_runtime_bytes", "unit_runtime_bytes"]
 
 _FLOAT_BYTES = 4
 _EXPERT_AXES = 3  # the number of axes of a layer's experts
@@ -80,27 +81,59 @@ def _weight_bytes(layout: TensorLayout) -> int:
     return layout.data_bytes + beside + (_packed_head_bytes(layout) if layout.spec.tied_embeddings else 0)
 
 
+def unit_runtime_bytes(spec: ModelSpec, unit: Unit, encoding: Encoding) -> int:
+    """Bytes of a unit's weights at run time: what its encoding adds to ``weights``, but for alignment in the file.
+
+    Args:
+        spec: the model.
+        unit: a unit of its file.
+        encoding: the encoding that the unit would have, with the inputs of its products.
+    """
+    n_bytes = 0
+    for role, shape in unit.weights.items():
+        is_gathered, is_of_operator = role is Role.TOKEN_EMBEDDING, len(shape) == _EXPERT_AXES
+        scale_bytes = encoding.scale_bytes(shape)
+        n_bytes += encoding.n_bytes(shape)
+        n_bytes += _copies_of_scales(encoding, is_gathered=is_gathered, is_of_operator=is_of_operator) * scale_bytes
+        if is_gathered and spec.tied_embeddings:
+            n_bytes += _packed_bytes(encoding.n_bytes(shape) - scale_bytes, scale_bytes)
+    for factor in unit.factors:
+        is_adapter = factor.form.is_adapter
+        stored = adapter_encoding(encoding) if is_adapter else encoding
+        n_copies = _copies_of_scales(stored, is_gathered=is_adapter, is_of_operator=False)
+        n_bytes += stored.n_bytes(factor.shape) + n_copies * stored.scale_bytes(factor.shape)
+    return n_bytes
+
+
 def _bytes_beside(weight: WeightPlan) -> int:
-    """Bytes of scales widened to float32. Products with int8 inputs keep as much again for each block's sum, and also
-    pack the scales, except for experts of 2 bits: measured with weights of up to 600 MB."""
     if weight.scales is None:
         return 0
-    copies = 1
     is_gathered = Role.TOKEN_EMBEDDING in weight.roles or weight.form.is_adapter
-    if weight.encoding.has_int8_inputs and not is_gathered:
-        is_of_operator = len(weight.shape) == _EXPERT_AXES and weight.form is Form.WHOLE
-        packs_scales = not is_of_operator or weight.encoding.bits > _SMALLEST_BITS
-        copies += 4 if packs_scales else 2
-    return copies * weight.scales.n_bytes
+    is_of_operator = len(weight.shape) == _EXPERT_AXES and weight.form is Form.WHOLE
+    n_copies = _copies_of_scales(weight.encoding, is_gathered=is_gathered, is_of_operator=is_of_operator)
+    return n_copies * weight.scales.n_bytes
+
+
+def _copies_of_scales(encoding: Encoding, *, is_gathered: bool, is_of_operator: bool) -> int:
+    """The arrays of the scales' size that the runtime keeps beside the file's.
+
+    The scales are widened to float32: their size beside what the file has. Products with int8 inputs keep as much again
+    for each block's sum, and also pack the scales, except for experts of 2 bits: measured with weights of up to 600 MB.
+    """
+    if not encoding.has_int8_inputs or is_gathered:
+        return 1
+    packs_scales = not is_of_operator or encoding.bits > _SMALLEST_BITS
+    return 5 if packs_scales else 3
 
 
 def _packed_head_bytes(layout: TensorLayout) -> int:
-    """Bytes of the head packed for its product: with float32 scales and, for int8 inputs, each block's sum."""
     head = layout.weight(Role.HEAD)
-    packed = head.codes.n_bytes
-    if head.scales is not None:
-        packed += 2 * 2 * head.scales.n_bytes
-    return packed
+    return _packed_bytes(head.codes.n_bytes, 0 if head.scales is None else head.scales.n_bytes)
+
+
+def _packed_bytes(code_bytes: int, scale_bytes: int) -> int:
+    """Bytes of a tied head packed for its product: with float32 scales and, for int8 inputs, each block's sum."""
+    return code_bytes + 2 * 2 * scale_bytes
 
 
 def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:

@@ -94,7 +94,7 @@ def _extended_by_definition(
 def test_partial_choices_are_those_of_the_definition(seed: int) -> None:
     generator = np.random.default_rng(seed)
     price, most = float(generator.choice([0.0, 0.25])), 6.0
-    partial = _Partial(room=8, price=price, most=most)
+    partial = _Partial(room=8, price=price, most=most, n_kept=2048)
     for unit in range(6):
         bytes_N = np.sort(generator.integers(-3, 12, int(generator.integers(1, 6))))  # few sizes, so many are equal
         above_N = generator.integers(0, 8, len(bytes_N)) * 0.5

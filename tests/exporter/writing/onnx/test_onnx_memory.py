@@ -13,12 +13,14 @@ import pytest
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.files.integer_blocks import ProductInputs
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
-from exporter.writing.onnx.encodings import PRESETS, onnx_units
-from exporter.writing.onnx.memory import predict_runtime_bytes
+from exporter.writing.onnx.encodings import ENCODINGS, PRESETS, onnx_units
+from exporter.writing.onnx.layout import plan_tensors
+from exporter.writing.onnx.memory import predict_runtime_bytes, unit_runtime_bytes
 from exporter.writing.onnx.writer import write_onnx
 from tests.exporter.writing.onnx.described import attention, described_layer, random_folder, with_layers
 from validate.runtimes.measure import measure_artifact
@@ -69,6 +71,33 @@ def test_cache_grows_with_the_context_and_weights_with_the_experts(fine_folder: 
             for experts in (spec, spec.with_experts(16))
         )
         assert more["weights"] - fewer["weights"] == pytest.approx(dropped * bits / 8, rel=0.05)
+
+
+@pytest.mark.parametrize("inputs", ["float32", "int8"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_unit_takes_the_bytes_that_another_encoding_saves(
+    family_folder: Path, inputs: ProductInputs, is_tied: bool
+) -> None:
+    spec = replace(Checkpoint(family_folder).spec, tied_embeddings=is_tied)
+    check_unit_bytes(spec, inputs)
+
+
+def check_unit_bytes(spec: ModelSpec, inputs: ProductInputs) -> None:
+    """Checks what each encoding of a unit takes beside the file against the difference that it makes to the whole."""
+
+    def beside_file(encodings: Mapping[str, str]) -> int:
+        predicted = predict_runtime_bytes(spec, "Q4_0", 64, threads=1, encodings=encodings, inputs=inputs)
+        return predicted["weights"] - plan_tensors(spec, "Q4_0", encodings, inputs).data_bytes
+
+    for unit in onnx_units(spec):
+        if unit.layer in (None, 1):
+            of_unit = {
+                name: unit_runtime_bytes(spec, unit, replace(ENCODINGS[name], inputs=inputs)) - n_bytes
+                for name, n_bytes in unit.encodings.items()
+            }
+            whole = {name: beside_file({unit.name: name}) for name in unit.encodings}
+            for name in unit.encodings:
+                assert whole[name] - whole["F32"] == of_unit[name] - of_unit["F32"], (unit.name, name)
 
 
 def test_context_beyond_the_model_is_refused(fine_folder: Path) -> None:

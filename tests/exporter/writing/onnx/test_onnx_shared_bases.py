@@ -27,6 +27,7 @@ from exporter.writing.onnx.writer import predict_size, write_onnx
 from tests.exporter.writing.onnx.genai import continue_prompt
 from tests.exporter.writing.onnx.on_bases import student_on_bases
 from tests.exporter.writing.onnx.session import Session, Tokens, padded
+from tests.exporter.writing.onnx.test_onnx_memory import check_unit_bytes
 from validate.files.file_facts import onnx_facts
 from validate.files.graph_settings import graph_setting_symptoms
 from validate.files.weight_comparison import compare_weights
@@ -153,6 +154,10 @@ def test_experts_on_bases_have_no_scales_to_tune(written: _Written) -> None:
     with pytest.raises(InputError, match="stand on bases"):
         weights.tunable(Role.EXPERT_UP, 0)
     assert (weights.block_length(Role.QUERY, 0) is None) == (written.preset == "F32")
+
+
+def test_memory_of_their_unit_is_what_another_encoding_saves(written: _Written) -> None:
+    check_unit_bytes(written.student.spec, "int8")
 
 
 def test_bytes_are_those_predicted(written: _Written) -> None:
