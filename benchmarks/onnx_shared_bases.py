@@ -257,9 +257,10 @@ def _page(rows: Sequence[_Row], memory: tuple[int, int], fidelity: Iterator[_Fid
     return [
         "# Experts on shared bases, in ONNX Runtime",
         "",
-        f"Half of the experts' values are gone: replaced by {_PRESET} bases, one for four experts, with an adapter",
-        "each, or pruned. OLMoE's shape: 2 layers of 64 experts of width 1024, 8 for each token, hidden size 2048,",
-        "random weights. The demo model: 6 layers of 32 experts of width 128, 4 for each token, hidden size 256.",
+        f"Half of the experts' values are gone: replaced by {_PRESET} bases, one for sixteen experts or all of a",
+        "layer, with an adapter each, or pruned. OLMoE's shape: 2 layers of 64 experts of width 1024, 8 for each",
+        "token, hidden size 2048, random weights. The demo model: 6 layers of 32 experts of width 128, 4 for each",
+        "token, hidden size 256.",
         f"onnxruntime {onnxruntime.__version__}, one thread: CPU time. {_ROUNDS} prompts of {_PROMPT} tokens, and",
         f"{_STEPS} steps behind each, in turns: median, of steps also the least. Speed: the pruned file's time",
         "divided by the file's.",

@@ -26,7 +26,7 @@ of the trained LightMoE student, with two standard errors of the paired differen
 neither selection nor anneal: each layer
 replaces as many, the first by number. REAP and REAM keep as many experts in each layer, *{REAP_BY_CHANGE}* as many as
 LightMoE's rule for the layers leaves. Adapters have rank 8 (fine) and 16 (coarse), and a base stands
-under four experts. *{COARSER}* keeps every expert at 5.5 or 4.25 bits, 65 % or 50 % of the 8.5
+under sixteen experts, or all of a layer's. *{COARSER}* keeps every expert at 5.5 or 4.25 bits, 65 % or 50 % of the 8.5
 bits that the others would be stored at. An arm that stands in no table was not run. Written by `make lightmoe`.
 """
 
