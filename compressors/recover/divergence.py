@@ -14,6 +14,7 @@ from compressors.model.parallel import reduce_sum, share
 from compressors.model.predictions.log_probs import KnownLogProbs
 from compressors.model.predictions.losses import kl_divergence, negative_log_likelihood
 from compressors.model.running.expert_choice import ExpertChoice
+from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.student import Student
@@ -39,6 +40,7 @@ def judge(
     limit: MemoryLimit | None = None,
     device: torch.device | None = None,
     choice: ExpertChoice | None = None,
+    write: Callable[[int], None] | None = None,
 ) -> Judgement:
     """Computes divergence from the teacher and perplexity, over the scored positions of the blocks.
 
@@ -51,6 +53,8 @@ def judge(
         limit: memory that this process may use.
         device: the device on which layers compute.
         choice: a choice of experts in place of the student's top-k.
+        write: makes a layer's weights readable, in place of those of the layer before it; the model holds none
+            meanwhile. None: all can be read.
 
     Raises:
         InputError: teacher and student have different vocabularies.
@@ -58,7 +62,11 @@ def judge(
     _check_vocabulary(teacher, student)
     model = StreamedModel(student, limit=limit, device=device, choice=choice)
     mine = share(len(tokens_BT))
-    (hidden,) = model.stream([TokenGroup(tokens_BT[mine])], progress)
+    group = TokenGroup(tokens_BT[mine])
+    if write is None:
+        (hidden,) = model.stream([group], progress)
+    else:
+        hidden = _layer_by_layer(model, group, write, progress)
     n_scored = scored.stop - scored.start
     following = tokens_BT[mine, scored.start + 1 : scored.stop + 1].flatten()
     totals = torch.zeros(2, dtype=torch.float64)
@@ -71,6 +79,20 @@ def judge(
     reduce_sum([totals])
     divergence, likelihood = (totals / (len(tokens_BT) * n_scored)).tolist()
     return Judgement(divergence, math.exp(likelihood))
+
+
+def _layer_by_layer(
+    model: StreamedModel, group: TokenGroup, write: Callable[[int], None], progress: Callable[[int], None] | None
+) -> HiddenStates:
+    """The hidden states after the last layer, where one layer at a time can be read."""
+    hidden = model.first_states([group], spilled=True)  # to write a layer may take all memory
+    for layer in range(model.spec.n_layers):
+        model.release()
+        write(layer)
+        for _ in model.advance([group], hidden, range(layer, layer + 1)):
+            if progress is not None:
+                progress(1)
+    return hidden[0]
 
 
 def _check_vocabulary(teacher: KnownLogProbs, student: Student) -> None:

@@ -1,7 +1,8 @@
-"""Estimates the disk of a search: one file that is measured, and one structure smaller than the original."""
+"""Estimates the disk of a search: a layer of a file that is measured, and a structure smaller than the original."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -21,28 +22,49 @@ from exporter.planning.plan import Plan
 from exporter.planning.recipe import CompressChoice
 from exporter.searching.ladder import ladder_for
 from exporter.searching.structures import structures_for, whole
+from exporter.writing.gguf.layout import plan_tensors as gguf_tensors
+from exporter.writing.onnx.layout import plan_tensors as onnx_tensors
 
 __all__ = ["search_lines"]
+
+_BESIDE_WEIGHTS = 4 << 20  # header or graph, twice
 
 
 def search_lines(plan: Plan) -> dict[str, int]:
     """The bytes of a search by kind; none where there is no search.
 
-    The line of the structure is the most that it, and its making or measuring, needs beside the largest file: what
-    comes before a file is measured needs less by that file.
+    The line of the structure is the most that it, and its making or measuring, needs beside a file's layer: what
+    comes before a file is measured needs less by that.
     """
     if plan.search is None:
         return {}
     original = whole(plan.teacher_spec)
     smaller = [choice for choice in structures_for(plan.search, plan.teacher_spec) if choice != original]
     tried = [_as_tried(plan, choice) for choice in _largest(smaller, plan)]
-    file = max(prediction.file for prediction in plan.predictions.values())
+    measured = max(_measured_bytes(plan, artifact) for artifact in plan.predictions)
     return {
         "hidden states": state_bytes(plan, 4 * plan.recipe.text.selection_blocks),
         "sensitivities": sensitivity_bytes(plan.teacher_spec) if tried else 0,  # the structure's
-        "files that the search measures": file,
-        "a smaller structure that the search tries": max((_tried_bytes(each, file) for each in tried), default=0),
+        "a layer of a file that the search measures": measured,
+        "a smaller structure that the search tries": max((_tried_bytes(each, measured) for each in tried), default=0),
     }
+
+
+def _measured_bytes(plan: Plan, artifact: str) -> int:
+    """The bytes of what belongs to no layer, and twice those of the largest layer; at most the whole file's.
+
+    They are those of the recipe's types: the search may give a layer more bits, and others fewer.
+    """
+    spec, choice, file = plan.student_spec, plan.recipe.file(artifact), plan.predictions[artifact].file
+    by_layer: Counter[int | None] = Counter()
+    if artifact == "gguf":
+        for tensor in gguf_tensors(spec, choice.mix, choice.tensors):
+            by_layer[tensor.layer] += tensor.n_bytes
+    else:
+        for weight in onnx_tensors(spec, choice.mix, choice.tensors).weights:
+            by_layer[weight.layer] += sum(tensor.n_bytes for tensor in weight.tensors)
+    outside = by_layer.pop(None)
+    return min(file, outside + 2 * max(by_layer.values()) + _BESIDE_WEIGHTS)
 
 
 def _containers(choice: CompressChoice, plan: Plan) -> list[str]:
@@ -100,18 +122,16 @@ def _as_tried(plan: Plan, choice: CompressChoice) -> Plan:
     return replace(plan, recipe=plan.recipe.model_copy(update={"compress": choice, "recover": rungs, **files}))
 
 
-def _tried_bytes(plan: Plan, file: int) -> int:
-    """The bytes of a structure, and of its making or measuring beside a file of this size."""
+def _tried_bytes(plan: Plan, measured: int) -> int:
+    """The bytes of a structure, and of its making, or of its measuring beside these bytes of a file."""
     statistics = statistics_bytes(plan.student_spec) if changes_experts(plan.recipe.compress) else 0
     kept = changed_expert_bytes(plan) + statistics + taught_bytes(plan)
     before_the_file = max(compressing_bytes(plan), training_step_bytes(plan, "recover"), gathering_bytes(plan))
-    return kept + max(before_the_file - file, _own_inputs(plan, file) if plan.keeps_layer_inputs else 0, 0)
+    return kept + max(before_the_file - measured, _own_inputs(plan, measured) if plan.keeps_layer_inputs else 0, 0)
 
 
-def _own_inputs(plan: Plan, file: int) -> int:
-    """The bytes of the structure's layer inputs beyond those of a file that uses them up, its layers alike."""
+def _own_inputs(plan: Plan, measured: int) -> int:
+    """The bytes of the structure's layer inputs beside these bytes of a file, or while they are made."""
     spec, n_blocks = plan.student_spec, n_kept_blocks(plan.recipe.text.calibration_blocks, BLOCK_LENGTH)
     inputs = layer_input_bytes(spec, n_blocks * BLOCK_LENGTH)
-    while_made = inputs + state_bytes(plan, n_blocks * value_bytes(plan.recipe.arithmetic)) - file
-    n_files = spec.n_layers + 1  # of inputs: two are there when the last layer is written, all when the first is
-    return max(2 * inputs // n_files, inputs - file * (spec.n_layers - 1) // n_files, while_made)
+    return inputs + max(0, state_bytes(plan, n_blocks * value_bytes(plan.recipe.arithmetic)) - measured)

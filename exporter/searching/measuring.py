@@ -1,4 +1,4 @@
-"""Measures a candidate file: writes it into a temporary folder, reads it back, and judges it in torch."""
+"""Measures a candidate file: writes it layer by layer into a temporary folder, and judges what it holds in torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import json
 import shutil
 from dataclasses import replace
 
-from compressors.model.sources.gguf import GgufWeights
-from compressors.model.sources.onnx import OnnxWeights
-from compressors.model.sources.weights import WrittenWeights
 from exporter.planning.recipe import FileChoice
 from exporter.searching.trial import Trial
-from exporter.stages.files.writers import write_gguf_file, write_onnx_folder
+from exporter.stages.files.writers import weights_by_layer
 from exporter.writing.files import write_atomically
 
 __all__ = ["measured_divergence"]
@@ -34,12 +31,8 @@ def measured_divergence(trial: Trial, artifact: str, choice: FileChoice) -> floa
     folder.mkdir(parents=True)
     try:
         context = replace(trial.context, output=folder)
-        weights: WrittenWeights
-        if artifact == "gguf":
-            weights = GgufWeights(write_gguf_file(context, student, choice, folder), student.spec)
-        else:
-            weights = OnnxWeights(write_onnx_folder(context, student, choice, folder), student.spec)
-        divergence = trial.judged(student.as_written(weights))
+        with weights_by_layer(context, student, artifact, choice, folder) as weights:
+            divergence = trial.judged(student.as_written(weights), weights.write)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     write_atomically(path, json.dumps([*known, [key, divergence]]))

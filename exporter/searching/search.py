@@ -159,7 +159,8 @@ class Search:
         def usual_units(student: Student) -> list[UnitPlan]:
             return [unit.without(LAST_RESORT) for unit in units(student)]
 
-        trial, name = self._alone(self._trial(choice)), f"{artifact}-{untyped.choice.quantizer}"
+        trial, file = self._alone(self._trial(choice)), untyped.choice
+        name = f"{artifact}-{file.quantizer}-{file.inputs}-{untyped.budget.kind}"  # what its numbers depend on
         seconds = most_seconds(untyped, self._wishes.prefer)
         # the tables of the types of the last resort alone take ggml's library ten seconds of every process
         usual = trial.table(usual_units, f"{name}-usual")

@@ -30,7 +30,7 @@ from exporter.writing.files import flush_folder, write_atomically
 
 __all__ = ["Trial"]
 
-_FIGURES_VERSION = 2  # of the original's figures: raise it together with the version of the stage search
+_FIGURES_VERSION = 3  # of the original's figures: raise it together with the version of the stage search
 _TRIAL_BLOCKS = 16  # blocks of recovery: enough to see whether it helps, and about how much
 
 
@@ -87,9 +87,14 @@ class Trial:
         """The divergence from the original on the selection split, unquantized: nats."""
         return 0.0 if self.is_original else self._remembered("divergence", lambda: self.judged(self.student()))
 
-    def judged(self, student: Student) -> float:
-        """The divergence of a student of this structure on the selection split: nats."""
-        return judge_on_selection(self.context, student).divergence
+    def judged(self, student: Student, write: Callable[[int], None] | None = None) -> float:
+        """The divergence of a student of this structure on the selection split: nats.
+
+        Args:
+            student: the student.
+            write: as in :func:`~compressors.recover.divergence.judge`.
+        """
+        return judge_on_selection(self.context, student, write).divergence
 
     def table(
         self, units: Callable[[Student], Sequence[UnitPlan]], name: str, known: TypeTable | None = None

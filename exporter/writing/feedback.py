@@ -101,6 +101,10 @@ class StudentFeedback:
         is_behind = layer is not None and layer >= self._moments.spec.n_layers  # its inputs were never kept
         return None if self._remove is None or is_behind else partial(self._remove, number)
 
+    def forget(self) -> None:
+        """Frees the memory of what was found for the part of the model that was last asked for."""
+        self._layer, self._found = None, {}
+
     def _of_layer(self, layer: int) -> LayerMoments:
         if self._layer is None or self._layer[0] != layer:
             self._layer = None  # its memory is needed

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 from compressors.model.threads import one_thread_each
 from exporter.writing.resumable import Extent, Part, ResumableFile
 
-__all__ = ["MatrixRows", "Piece", "last_of_layers", "row_slices", "whole_experts", "write_pieces"]
+__all__ = ["MatrixRows", "Piece", "last_of_layers", "made_in_order", "row_slices", "whole_experts", "write_pieces"]
 
 _PIECE_VALUES = 4 << 20  # about as many as an expert has
 _AHEAD_BYTES = 64 << 20  # output that may wait for its turn, beyond one piece for each thread
@@ -28,6 +28,7 @@ class Piece(Extent):
 
     read: Callable[[], Callable[[], Sequence[Part]]]  # reads the weights; its result quantizes them, in a thread
     then: Callable[[], None] | None = None  # is called when no attempt makes this piece, or one before it, again
+    layer: int | None = None  # the decoder layer that it belongs to
 
 
 class MatrixRows(Protocol):
@@ -94,7 +95,7 @@ def write_pieces(
     report = progress or (lambda n_bytes: None)
     report(sum(piece.n_bytes for piece in pieces[: file.n_pieces]))
     with one_thread_each(threads) as pool:
-        for piece, parts in _in_order(pool, pieces[file.n_pieces :], threads):
+        for piece, parts in made_in_order(pool, pieces[file.n_pieces :], threads):
             file.write_piece(parts)
             if piece.then is not None:
                 file.record()
@@ -102,9 +103,10 @@ def write_pieces(
             report(piece.n_bytes)
 
 
-def _in_order(
+def made_in_order(
     pool: ThreadPoolExecutor, pieces: Sequence[Piece], threads: int
 ) -> Iterator[tuple[Piece, Sequence[Part]]]:
+    """Makes pieces in the pool's threads, so many at a time, and yields each with its parts, in their order."""
     waiting: deque[tuple[Piece, Future[Sequence[Part]]]] = deque()
     bytes_waiting = 0
     try:

@@ -213,14 +213,21 @@ class StreamedModel:
                 progress(1)
         return hidden
 
-    def first_states(self, groups: Sequence[TokenGroup], n_kept: int = 1, *, named: bool = False) -> list[HiddenStates]:
-        """The hidden states that enter the first layer; ``n_kept`` such arrays fit the limit, or lie on disk."""
+    def first_states(
+        self, groups: Sequence[TokenGroup], n_kept: int = 1, *, named: bool = False, spilled: bool = False
+    ) -> list[HiddenStates]:
+        """The hidden states that enter the first layer; ``n_kept`` such arrays fit the limit, or lie on disk.
+
+        With ``spilled`` they lie on disk wherever there is a limit.
+        """
         sizes = [(*group.tokens_BT.shape, self.spec.hidden_size) for group in groups]
         n_bytes = sum(
             blocks * tokens * size * group.dtype.itemsize
             for (blocks, tokens, size), group in zip(sizes, groups, strict=True)
         )
         spill = self._place(n_kept * n_bytes).spill
+        if spilled and self.limit is not None:
+            spill = self.limit.spill
         return [
             self._embedded(group.tokens_BT, HiddenStates(size, group.dtype, spill, named=named))
             for size, group in zip(sizes, groups, strict=True)

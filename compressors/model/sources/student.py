@@ -26,7 +26,7 @@ from compressors.model.sources.adapters import AdaptedExperts, Without, factors_
 from compressors.model.sources.kept_weights import KeptWeights
 from compressors.model.sources.narrowed import NarrowedExperts, holds_narrowed
 from compressors.model.sources.source import Source
-from compressors.model.sources.weights import Weights, WrittenWeights
+from compressors.model.sources.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -382,6 +382,6 @@ class Student:
         }
         return Student(self.source, self.experts, Without(self.overlay, frozenset(names)), self._weights)
 
-    def as_written(self, weights: WrittenWeights) -> Student:
+    def as_written(self, weights: Weights) -> Student:
         """The same student with a file's numbers in place of all its own, its overlay included."""
         return Student(self.source, self.experts, weights=weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from compressors.model.sources.gguf import GgufWeights
@@ -13,13 +15,14 @@ from exporter.stages.files.feedback import feedback_for, writer_threads
 from exporter.stages.inputs import importance_of, open_student
 from exporter.work.stage import StageContext
 from exporter.writing.gguf.metadata import gguf_file_name
-from exporter.writing.gguf.writer import predict_file_size, write_gguf
+from exporter.writing.gguf.writer import gguf_by_layer, predict_file_size, write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
+from exporter.writing.layer_by_layer import LayerByLayer
 from exporter.writing.onnx.clients import write_client_files
-from exporter.writing.onnx.writer import predict_size, write_onnx
+from exporter.writing.onnx.writer import onnx_by_layer, predict_size, write_onnx
 from exporter.writing.tuning import keep_values
 
-__all__ = ["gguf", "onnx", "student", "write_gguf_file", "write_onnx_folder"]
+__all__ = ["gguf", "onnx", "student", "weights_by_layer", "write_gguf_file", "write_onnx_folder"]
 
 
 def gguf(context: StageContext) -> None:
@@ -102,3 +105,44 @@ def write_onnx_folder(context: StageContext, model: Student, choice: FileChoice,
             progress=advance,
         )
     return folder
+
+
+@contextmanager
+def weights_by_layer(
+    context: StageContext, model: Student, artifact: str, choice: FileChoice, place: Path
+) -> Iterator[LayerByLayer]:
+    """The numbers of the file that would be written, one layer at a time; the layer inputs that it needs stay.
+
+    Args:
+        context: the context of the stage.
+        model: the student.
+        artifact: gguf or onnx.
+        choice: the types, and how their codes are chosen.
+        place: an empty folder.
+    """
+    importance = importance_of(model, context.plan, context.work)
+    threads = writer_threads(context.plan, model.spec, choice.quantizer)
+    folder = place / "layers"
+    folder.mkdir()
+    with feedback_for(context, model, choice.quantizer, place) as feedback:
+        if artifact == "gguf":
+            yield gguf_by_layer(
+                model,
+                choice.mix,
+                folder,
+                types=choice.tensors,
+                importance=importance,
+                feedback=feedback,
+                threads=threads,
+            )
+        else:
+            yield onnx_by_layer(
+                model,
+                choice.mix,
+                folder,
+                encodings=choice.tensors,
+                inputs=choice.inputs,
+                importance=importance,
+                feedback=feedback,
+                threads=threads,
+            )

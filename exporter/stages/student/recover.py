@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,13 @@ def recover(context: StageContext) -> None:
         context.file(RECOVERY).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
-def judge_on_selection(context: StageContext, student: Student) -> Judgement:
-    """Compares a student with the teacher on the selection split, which no training sees."""
+def judge_on_selection(
+    context: StageContext, student: Student, write: Callable[[int], None] | None = None
+) -> Judgement:
+    """Compares a student with the teacher on the selection split, which no training sees.
+
+    ``write`` is as in :func:`~compressors.recover.divergence.judge`.
+    """
     blocks_BT = token_blocks(context.work).selection
     return judge(
         student,
@@ -65,6 +70,7 @@ def judge_on_selection(context: StageContext, student: Student) -> Judgement:
         scored_positions(blocks_BT.shape[1]),
         limit=memory_limit(context),
         device=torch.device(context.plan.device),
+        write=write,
     )
 
 

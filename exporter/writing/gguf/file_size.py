@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.source import Origin
@@ -11,7 +11,7 @@ from exporter.writing.gguf.layout import PlannedTensor, plan_tensors
 from exporter.writing.gguf.metadata import model_metadata
 from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
 
-__all__ = ["file_header", "file_size", "predict_file_size"]
+__all__ = ["file_header", "file_size", "header_without_metadata", "predict_file_size"]
 
 
 def predict_file_size(
@@ -32,8 +32,16 @@ def file_header(
 ) -> bytes:
     """Returns all bytes before the tensors' data, padding included."""
     metadata = {**metadata, **vocabulary_metadata(source.tokenizer_folder, spec.vocab_size)}
-    entries = (TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors)
-    return render_header(len(metadata), render_values(metadata), entries)
+    return render_header(len(metadata), render_values(metadata), _entries(tensors))
+
+
+def header_without_metadata(tensors: tuple[PlannedTensor, ...]) -> bytes:
+    """Returns the header of a file that holds tensors alone, which no runtime can load."""
+    return render_header(0, b"", _entries(tensors))
+
+
+def _entries(tensors: tuple[PlannedTensor, ...]) -> Iterator[TensorEntry]:
+    return (TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors)
 
 
 def file_size(header: bytes, tensors: tuple[PlannedTensor, ...]) -> int:

@@ -52,7 +52,7 @@ def weight_pieces(
     for number, group in enumerate(groups):
         end = max(end, *(rows.offset + rows.n_bytes for rows in group))
         then = feedback.release(layers[number]) if feedback is not None and number in layers else None
-        yield Piece(sum(rows.n_bytes for rows in group), end, partial(matrices.read, group), then)
+        yield Piece(sum(rows.n_bytes for rows in group), end, partial(matrices.read, group), then, group[0].layer)
 
 
 @dataclass(frozen=True)

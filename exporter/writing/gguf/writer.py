@@ -1,4 +1,7 @@
-"""Writes a student as one GGUF file, streaming: a few experts or slices of larger matrices are held at a time."""
+"""Writes a student as one GGUF file, streaming: a few experts or slices of larger matrices are held at a time.
+
+Or one layer of it after the other, for the numbers to be measured without the whole file.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from compressors.calibration.statistics import Importance
+from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
-from exporter.writing.gguf.file_size import file_header, file_size, predict_file_size
+from exporter.writing.gguf.file_size import file_header, file_size, header_without_metadata, predict_file_size
 from exporter.writing.gguf.layout import plan_tensors
 from exporter.writing.gguf.metadata import model_metadata
 from exporter.writing.gguf.weights import weight_pieces
+from exporter.writing.layer_by_layer import FilePlan, LayerByLayer
 from exporter.writing.pieces import Piece, write_pieces
 from exporter.writing.resumable import is_published, resuming
 
-__all__ = ["predict_file_size", "write_gguf"]
+__all__ = ["gguf_by_layer", "predict_file_size", "write_gguf"]
+
+_NAME_BY_LAYER = "weights.gguf"
 
 
 def write_gguf(
@@ -65,3 +72,31 @@ def write_gguf(
         return
     with resuming(path, header, pieces, keep=resume) as file:
         write_pieces(file, pieces, threads=threads, progress=progress)
+
+
+def gguf_by_layer(
+    student: Student,
+    mix: str,
+    folder: Path,
+    *,
+    types: Mapping[str, str] | None = None,
+    importance: Importance | None = None,
+    feedback: StudentFeedback | None = None,
+    threads: int,
+) -> LayerByLayer:
+    """The numbers of the file that :func:`write_gguf` would write, one layer at a time, in an empty ``folder``.
+
+    Arguments and errors are those of :func:`write_gguf`.
+    """
+    tensors = plan_tensors(student.spec, mix, types)
+    header = header_without_metadata(tensors)
+    plan = FilePlan(
+        _NAME_BY_LAYER,
+        header,
+        list(weight_pieces(student, tensors, len(header), importance or {}, feedback)),
+        file_size(header, tensors),
+        {},
+        lambda place: GgufWeights(place / _NAME_BY_LAYER, student.spec),
+        (lambda: None) if feedback is None else feedback.forget,
+    )
+    return LayerByLayer(plan, folder, threads)

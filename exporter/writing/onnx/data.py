@@ -57,7 +57,7 @@ def weight_pieces(
         end = max(end, *(place.end for rows in group for place in rows.places))
         n_bytes = sum(place.n_bytes for rows in group for place in rows.places)
         then = feedback.release(layers[number]) if feedback is not None and number in layers else None
-        yield Piece(n_bytes, end, partial(weights.read, group), then)
+        yield Piece(n_bytes, end, partial(weights.read, group), then, group[0].layer)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from compressors.calibration.statistics import Importance
 from compressors.model.description.rope import Rope
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.integer_blocks import ProductInputs
+from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
 from exporter.writing.files import replacing
+from exporter.writing.layer_by_layer import FilePlan, LayerByLayer
 from exporter.writing.onnx.data import Place, weight_pieces
 from exporter.writing.onnx.file_size import predict_size
 from exporter.writing.onnx.graph import build_model
@@ -22,7 +24,7 @@ from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, pl
 from exporter.writing.pieces import Piece, write_pieces
 from exporter.writing.resumable import Part, is_published, resuming
 
-__all__ = ["predict_size", "write_onnx"]
+__all__ = ["onnx_by_layer", "predict_size", "write_onnx"]
 
 
 def write_onnx(
@@ -77,6 +79,35 @@ def write_onnx(
         with resuming(folder / DATA_FILE, graph, pieces, keep=resume) as file:
             write_pieces(file, pieces, threads=threads, progress=progress)
             (folder / MODEL_FILE).unlink(missing_ok=True)  # an old graph must not be found beside the new weights
+
+
+def onnx_by_layer(
+    student: Student,
+    preset: str,
+    folder: Path,
+    *,
+    encodings: Mapping[str, str] | None = None,
+    inputs: ProductInputs = "int8",
+    importance: Importance | None = None,
+    feedback: StudentFeedback | None = None,
+    threads: int,
+) -> LayerByLayer:
+    """The numbers that :func:`write_onnx` would write, one layer at a time, in an empty ``folder``.
+
+    Arguments and errors are those of :func:`write_onnx`.
+    """
+    layout = plan_tensors(student.spec, preset, encodings, inputs)
+    graph = build_model(layout).SerializeToString(deterministic=True)
+    plan = FilePlan(
+        DATA_FILE,
+        b"",
+        list(weight_pieces(student, layout, importance or {}, feedback)),
+        layout.data_bytes,
+        {MODEL_FILE: graph},
+        lambda place: OnnxWeights(place, student.spec),
+        (lambda: None) if feedback is None else feedback.forget,
+    )
+    return LayerByLayer(plan, folder, threads)
 
 
 def _rotary_pieces(layout: TensorLayout) -> list[Piece]:

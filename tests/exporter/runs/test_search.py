@@ -48,7 +48,7 @@ _TYPES = [ggml_type for ggml_type in units.ALLOCATED_TYPES if not ggml_type.name
 def _look(trial: Trial) -> Look:
     whole = trial.context.work.stage("calibrate").parent
     built = sorted({path.parent.name for path in whole.rglob("trial-*/compress") if path.is_dir()})
-    n_bytes = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    n_bytes = sum(512 * path.stat().st_blocks for path in whole.rglob("*") if path.is_file())
     tables = [TypeTable.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in whole.rglob("table-*.json")]
     measured = {option.choice for table in tables for unit in table.units for option in unit.options}
     plan = trial.context.plan
@@ -119,9 +119,14 @@ def searched(
         looks.append(_look(trial))
         return built
 
-    def judged(trial: Trial, student: Student) -> float:
-        looks.append(_look(trial))  # the file that is measured lies there too
-        return judge(trial, student)
+    def judged(trial: Trial, student: Student, write: Callable[[int], None] | None = None) -> float:
+        def watched(layer: int) -> None:
+            assert write is not None
+            write(layer)
+            looks.append(_look(trial))  # a layer of the file that is measured lies there too
+
+        looks.append(_look(trial))
+        return judge(trial, student, watched if write is not None else None)
 
     effort = mock.patch.object(search, "n_measured_files", lambda context: _MEASURED)
     watching = mock.patch.multiple(Trial, student=student, judged=judged)

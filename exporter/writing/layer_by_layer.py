@@ -1,0 +1,125 @@
+"""A file that is never whole: what belongs to no layer stays, and one layer at a time is there beside it.
+
+To measure the numbers that a file would hold then takes little room. Each layer is written at the places that it has in
+the whole file; what lies between takes no room where the file system keeps holes, as most do.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressors.model.description.roles import Role
+from compressors.model.sources.weights import Weights
+from compressors.model.threads import one_thread_each
+from exporter.writing.files import check_free_space, not_written, write_at
+from exporter.writing.pieces import Piece, made_in_order
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FilePlan", "LayerByLayer"]
+
+_OUTSIDE, _LAYER = "outside", "layer"
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A file that could be written.
+
+    Attributes:
+        name: its name.
+        header: its first bytes.
+        pieces: its weights.
+        n_bytes: the bytes of the whole file.
+        beside: the contents of the other files of its folder, by name.
+        opened: opens the weights in such a folder.
+        finish: is called when a layer is written.
+    """
+
+    name: str
+    header: bytes
+    pieces: Sequence[Piece]
+    n_bytes: int
+    beside: Mapping[str, bytes]
+    opened: Callable[[Path], Weights]
+    finish: Callable[[], None]
+
+
+class LayerByLayer:
+    """Implements :class:`~compressors.model.sources.weights.Weights` for the layer that was last written.
+
+    Args:
+        plan: the file.
+        folder: an empty folder.
+        threads: pieces that are made at a time.
+
+    Raises:
+        InputError: a weight is not finite or cannot be read, or the disk is full.
+    """
+
+    def __init__(self, plan: FilePlan, folder: Path, threads: int) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._threads = threads
+        self._outside = self._written(None, folder / _OUTSIDE)
+        self._layer: tuple[int, Weights] | None = None
+
+    def write(self, layer: int) -> None:
+        """Writes a layer in place of the one that is there. The errors are those of the class."""
+        self._layer = None
+        shutil.rmtree(self._folder / _LAYER, ignore_errors=True)
+        self._layer = layer, self._written(layer, self._folder / _LAYER)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the experts."""
+        return self._outside.dtype
+
+    def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
+        """Dtype of the tensors of a role outside of experts."""
+        return self._outside.dtype_of(role, layer)
+
+    def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
+        """The tensor of a role outside of experts."""
+        return self._weights(layer).tensor(role, layer)
+
+    def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
+        """Some consecutive rows of :meth:`tensor`."""
+        return self._weights(layer).rows(role, layer, rows)
+
+    def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
+        """Fills ``out`` with one expert's projection."""
+        self._weights(layer).read_expert(role, layer, expert, out)
+
+    def _weights(self, layer: int | None) -> Weights:
+        if layer is None:
+            return self._outside
+        assert self._layer is not None and self._layer[0] == layer, f"layer {layer} is not the one that is there"
+        return self._layer[1]
+
+    def _written(self, layer: int | None, folder: Path) -> Weights:
+        folder.mkdir()
+        pieces = [piece for piece in self._plan.pieces if piece.layer == layer]
+        check_free_space(folder, sum(piece.n_bytes for piece in pieces))
+        path = folder / self._plan.name
+        try:
+            for name, content in self._plan.beside.items():
+                (folder / name).write_bytes(content)
+            self._write_pieces(path, pieces)
+        except OSError as error:
+            raise not_written(path, error) from error
+        self._plan.finish()
+        return self._plan.opened(folder)
+
+    def _write_pieces(self, path: Path, pieces: Sequence[Piece]) -> None:
+        with path.open("wb") as file, one_thread_each(self._threads) as pool:
+            file.write(self._plan.header)
+            file.truncate(self._plan.n_bytes)
+            file.flush()
+            for _, parts in made_in_order(pool, pieces, self._threads):
+                for offset, data in parts:
+                    write_at(file.fileno(), offset, data)
