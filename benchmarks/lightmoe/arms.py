@@ -28,7 +28,7 @@ from compressors.shrink.replace.selection import parts_of_change, replaced_by_la
 from compressors.shrink.slim.width import SlimWidth
 
 __all__ = ["ARMS", "COARSER", "LIGHT", "NO_ANNEAL", "NO_GROUPING", "NO_SELECTION", "PLAIN", "REAP_BY_CHANGE", "SHARES"]
-__all__ += ["Arm", "removed"]
+__all__ += ["Arm", "pruned_evenly", "removed"]
 
 SHARES = (0.3, 0.5)
 """Shares of the expert bytes that are to go."""
@@ -106,6 +106,12 @@ def _fewer(method: Callable[[int], Method], teacher: Teacher, share: float) -> S
     counts = _even(round(spec.n_layers * spec.n_experts * (1 - share)), spec.n_layers)
     sizes = [MoeSize(count, spec.expert_width) for count in counts]
     return _compressed(teacher, sizes, [method(count) for count in counts])
+
+
+def pruned_evenly(teacher: Teacher, n_kept: int) -> Student:
+    """REAP with the same number of experts in each layer."""
+    sizes = [MoeSize(n_kept, teacher.spec.expert_width)] * teacher.spec.n_layers
+    return _compressed(teacher, sizes, [Prune("reap", n_kept)] * teacher.spec.n_layers)
 
 
 def _pruned_by_change(teacher: Teacher, share: float) -> Student:

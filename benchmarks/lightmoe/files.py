@@ -4,8 +4,9 @@
 
 The students of ``make lightmoe`` with half of their experts' bytes removed, trained as there, are written to ONNX at 4
 and at 8 bits, bases and adapters apart, and multiplied out to GGUF. A runtime's perplexity is compared with torch's,
-for the student that the file holds. The results lie in FOLDER, from which a run that was killed goes on; so may two
-runs of one model each: ``python -m benchmarks.lightmoe.files FOLDER fine``.
+for the student that the file holds. The 4-bit files answer in turns with those of pruned students of the same size. The
+results lie in FOLDER, from which a run that was killed goes on; so may two runs of one model each:
+``python -m benchmarks.lightmoe.files FOLDER fine``.
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.torch import load_file
 
-from benchmarks.lightmoe.arms import LIGHT
+from benchmarks.lightmoe.arms import LIGHT, pruned_evenly
 from benchmarks.lightmoe.measure import built, prepare
+from benchmarks.onnx_experts import AnsweringModel, opened
 from benchmarks.quality.measure import MODELS
+from benchmarks.quality.methods import Teacher
+from compressors.calibration.splits import BLOCK_LENGTH
+from compressors.calibration.statistics import StoredStatistics
 from compressors.model.description.roles import Role
 from compressors.model.files.integer_blocks import ProductInputs
+from compressors.model.files.onnx_names import MODEL_FILE
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import Student
@@ -45,6 +53,8 @@ __all__ = ["main"]
 _RESULT = Path(__file__).parents[1] / "results/lightmoe_files.md"
 _SHARE, _CHUNKS = 0.5, 6
 _NAME = "student"
+_PRUNED = "pruned"
+_ROUNDS, _STEPS = 5, 20
 _KINDS: Sequence[tuple[str, str, ProductInputs]] = (
     ("4 bits", "Q4_0", "float32"),
     ("4 bits", "Q4_0", "int8"),
@@ -70,8 +80,8 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.gettempdir()) / "moe-export-lightmoe-files"
     for model in sys.argv[2:] or MODELS:
         if not _result(folder, model).exists():
-            files = [asdict(file) for file in _files(model, folder / model)]
-            write_atomically(_result(folder, model), json.dumps(files))
+            found = _measured(model, folder / model)
+            write_atomically(_result(folder, model), json.dumps(found))
     if all(_result(folder, model).exists() for model in MODELS):
         _RESULT.write_text("\n".join(_page(folder)) + "\n", encoding="utf-8")
 
@@ -80,13 +90,48 @@ def _result(folder: Path, model: str) -> Path:
     return folder / f"{model}.json"
 
 
-def _files(model: str, folder: Path) -> Iterator[_File]:
+def _measured(model: str, folder: Path) -> dict[str, Any]:
     prepare(model, folder, _CHUNKS)
     student, _ = built(model, LIGHT, _SHARE, folder)
-    tokens_BT = load_file(folder / "tokens.safetensors")["heldout"].numpy()
+    tokens = load_file(folder / "tokens.safetensors")
+    tokens_BT = tokens["heldout"].numpy()
+    statistics = StoredStatistics(folder / "statistics", student.source.spec.n_layers)
+    teacher = Teacher(student.source, statistics, tokens["training"])
+    speeds = _speeds(student, teacher, folder / "speeds", tokens_BT)
+    return {"speeds": speeds, "files": [asdict(file) for file in _files(student, folder, tokens_BT)]}
+
+
+def _files(student: Student, folder: Path, tokens_BT: npt.NDArray[np.int64]) -> Iterator[_File]:
     for name, encoding, inputs in _KINDS:
         yield _onnx_file(student, folder / f"{name} {inputs}", (name, encoding, inputs), tokens_BT)
     yield _gguf_file(_multiplied_out(student), folder / f"{_NAME}.gguf", tokens_BT)
+
+
+def _speeds(
+    student: Student, teacher: Teacher, folder: Path, tokens_BT: npt.NDArray[np.int64]
+) -> dict[str, tuple[int, float, float]]:
+    """Bytes, and milliseconds of a step, the median and the least, of the student and of a pruned one of its size."""
+    spec = teacher.spec
+    sizes = {number: predict_size(spec.with_experts(number), "Q4_0") for number in range(spec.top_k, spec.n_experts)}
+    wanted = predict_size(student.spec, "Q4_0")
+    n_kept = min(sizes, key=lambda number: abs(sizes[number] - wanted))
+    pruned = pruned_evenly(teacher, n_kept)
+    answering: dict[str, AnsweringModel] = {}
+    for name, each in ((LIGHT, student), (_PRUNED, pruned)):
+        write_onnx(each, "Q4_0", folder / name, threads=1)
+        answering[name] = opened(folder / name / MODEL_FILE)
+    for _ in range(_ROUNDS):
+        for tokens_T in tokens_BT:
+            for model in answering.values():
+                model.answer(tokens_T[:-_STEPS], tokens_T[-_STEPS:])
+    return {
+        name: (
+            sum(file.stat().st_size for file in (folder / name).iterdir()),
+            1e3 * median(model.steps),
+            1e3 * min(model.steps),
+        )
+        for name, model in answering.items()
+    }
 
 
 def _onnx_file(
@@ -146,14 +191,28 @@ def _page(folder: Path) -> Iterator[str]:
     yield ""
     yield "| model | file | MB | as predicted | original, MB | torch | runtime | difference |"
     yield "|---|---|---|---|---|---|---|---|"
+    found = {model: json.loads(_result(folder, model).read_text(encoding="utf-8")) for model in MODELS}
     for model in MODELS:
-        for values in json.loads(_result(folder, model).read_text(encoding="utf-8")):
+        for values in found[model]["files"]:
             file = _File(**values)
             is_right = "yes" if file.n_bytes == file.predicted_bytes else "NO"
             yield (
                 f"| {model} | {file.kind} | {file.n_bytes / 1e6:.2f} | {is_right} | {file.original_bytes / 1e6:.2f} | "
                 f"{file.of_torch:.3f} | {file.of_runtime:.3f} | {file.of_runtime / file.of_torch - 1:+.3%} |"
             )
+    yield ""
+    yield f"The 4-bit file beside that of a student of its size, pruned by REAP: {_STEPS} tokens of text, one by one,"
+    yield f"behind {BLOCK_LENGTH - _STEPS} others, {_ROUNDS} times for each chunk, in turns, on one thread. *speed* is"
+    yield "the pruned file's time divided by the file's: of the medians, and of the least."
+    yield ""
+    yield "| model | student | MB | ms for a token, median and least | speed |"
+    yield "|---|---|---|---|---|"
+    for model in MODELS:
+        speeds = found[model]["speeds"]
+        _, usual, least = speeds[_PRUNED]
+        for name, (n_bytes, milliseconds, at_best) in speeds.items():
+            ratios = f"{usual / milliseconds:.2f}, {least / at_best:.2f}"
+            yield f"| {model} | {name} | {n_bytes / 1e6:.2f} | {milliseconds:.2f}, {at_best:.2f} | {ratios} |"
 
 
 if __name__ == "__main__":
