@@ -153,7 +153,7 @@ GGUF = Stage(
 ONNX = Stage(
     "onnx",
     "files.writers",
-    version=8,
+    version=9,
     what="write the ONNX folder",
     reads=_STUDENT | _STATISTICS | _FEEDBACK,
     takes=_LAYER_INPUTS,

@@ -67,14 +67,15 @@ class Uses(ABC):
         """The number of values that hold the sums of neurons."""
 
     @abstractmethod
-    def of_experts(self, groups: str, name: str) -> str | None:
-        """For one token: the products of each chosen expert's base, [C, P, 1, F]; None: no expert has a base.
+    def of_experts(self, groups: str | None, name: str) -> str | None:
+        """For one token: the products of each chosen expert's base, [C, P, 1, F], or of the only base, [1, P, 1, F].
 
-        ``groups`` names the chosen experts' groups, [C, 1] (:meth:`groups_of`).
+        ``groups`` names the chosen experts' groups, [C, 1] (:meth:`groups_of`). The result is None if no expert has a
+        base.
         """
 
     @abstractmethod
-    def sums_of_experts(self, neurons: str, groups: str, name: str) -> Sequence[str]:
+    def sums_of_experts(self, neurons: str, groups: str | None, name: str) -> Sequence[str]:
         """For one token: the sums of neurons, which are [C, 1, 1, F], by the chosen experts' groups."""
 
     @abstractmethod
@@ -85,8 +86,8 @@ class Uses(ABC):
     def sums_of_groups(self, neurons: Sequence[str], name: str) -> Sequence[str]:
         """The sums of neurons from those of each group, [uses, F]."""
 
-    def groups_of(self, experts: str, name: str) -> str:
-        """The number of each chosen expert's group: [C, 1]."""
+    def groups_of(self, experts: str, name: str) -> str | None:
+        """The number of each chosen expert's group: [C, 1]; None where products and sums do not ask for it."""
         number = np.empty((sum(len(group.members) for group in self.groups), 1))
         for place, group in enumerate(self.groups):
             number[list(group.members)] = place
@@ -127,21 +128,30 @@ class JoinedUses(Uses):
         """One, side by side for all bases: [T, bases F]; none without bases."""
         return min(1, len(self._with_base))
 
-    def of_experts(self, groups: str, name: str) -> str | None:
+    def groups_of(self, experts: str, name: str) -> str | None:
+        """See :class:`Uses`."""
+        return None if len(self.groups) == 1 else super().groups_of(experts, name)
+
+    def of_experts(self, groups: str | None, name: str) -> str | None:
         """See :class:`Uses`."""
         if self.products is None:
             return None
         apart = self._apart(self.products, name)
+        if groups is None:
+            return apart
         if len(self._with_base) < len(self.groups):
             shape = (1, len(self.routed.input_roles), 1, self.routed.width)
             zeros = self.graph.constant("bases.no_products", np.zeros(shape), np.float32)
             apart = self.graph.node("Concat", [apart, zeros], f"{name}.of_groups", axis=0)
         return self.graph.node("GatherND", [apart, groups], f"{name}.of_base")
 
-    def sums_of_experts(self, neurons: str, groups: str, name: str) -> Sequence[str]:
+    def sums_of_experts(self, neurons: str, groups: str | None, name: str) -> Sequence[str]:
         """See :class:`Uses`."""
         if self.products is None:
             return []
+        if groups is None:
+            axes = self.graph.constant("bases.axes_of_experts", [0, 1])
+            return [self.graph.node("ReduceSum", [neurons, axes], f"{name}.sum_of_all", keepdims=0)]
         n_values = len(self._with_base) * self.routed.width
         side_by_side = self._reshaped(self._summed(neurons, groups, name), [1, -1], f"{name}.side_by_side")
         if len(self._with_base) == len(self.groups):
@@ -188,9 +198,10 @@ class SeparateUses(Uses):
         """One for each group, [uses, F]."""
         return len(self.groups)
 
-    def of_experts(self, groups: str, name: str) -> str | None:
+    def of_experts(self, groups: str | None, name: str) -> str | None:
         """See :class:`Uses`. Groups that the token uses have one row each."""
         graph = self.graph
+        assert groups is not None, "rows of uses are asked for by group"
         used = graph.node("CumSum", [self.counts, graph.constant("zero", 0)], f"{name}.used")
         places = graph.node("Sub", [used, graph.constant("one", 1)], f"{name}.places")
         rows = graph.node("Gather", [places, groups], f"{name}.rows", axis=0)
@@ -199,8 +210,9 @@ class SeparateUses(Uses):
             joined = graph.node("Concat", self.products, f"{name}.of_bases", axis=0)
         return graph.node("GatherND", [self._apart(joined, name), rows], f"{name}.of_base")
 
-    def sums_of_experts(self, neurons: str, groups: str, name: str) -> Sequence[str]:
+    def sums_of_experts(self, neurons: str, groups: str | None, name: str) -> Sequence[str]:
         """See :class:`Uses`. A group that the token does not use has no row."""
+        assert groups is not None, "rows of uses are asked for by group"
         sums = self._reshaped(self._summed(neurons, groups, name), [-1, self.routed.width], f"{name}.rows_of_sums")
         is_used = self.graph.node("Cast", [self.counts], f"{name}.is_used", to=onnx.TensorProto.BOOL)
         in_use = self.graph.node("Compress", [sums, is_used], f"{sums}.in_use", axis=0)
