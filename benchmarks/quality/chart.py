@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["lay_out_divergences", "write_chart"]
 
+_WIDE = 100  # the largest divergence of an axis, in relation to the least
+
 # Okabe and Ito's colours, which are told apart with any colour vision
 _COLOURS = {
     "prune": "#0072B2",
@@ -67,7 +69,9 @@ def lay_out_divergences(panel: Axes) -> None:
 
     panel.invert_yaxis()
     panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    lowest, highest = panel.get_xlim()
+    labelled = (1, 2, 5) if highest < _WIDE * lowest else (1,)  # or the labels of a wide axis overlap
+    panel.xaxis.set_major_locator(LogLocator(subs=labelled))
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.grid(axis="x", color="#DDDDDD", linewidth=0.6)
