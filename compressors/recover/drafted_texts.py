@@ -28,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compressors.model.running.experts import padded_products
 from compressors.model.running.masks import SinglePositions
-from compressors.model.running.memory import blocks_at_once, rows_at_once
-from compressors.model.running.streaming import StreamedModel, position_chunks
+from compressors.model.running.memory import blocks_at_once, position_chunks, rows_at_once
+from compressors.model.running.streaming import StreamedModel
 from compressors.recover.row_attention import attends_by_text, attention_by_text, padded
 from compressors.recover.text_cache import TextCache, cache_bytes
 

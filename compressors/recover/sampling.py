@@ -12,8 +12,8 @@ import torch
 
 from compressors.model.errors import InputError
 from compressors.model.predictions.next_token import draw_tokens
-from compressors.model.running.memory import blocks_at_once
-from compressors.model.running.streaming import StreamedModel, position_chunks
+from compressors.model.running.memory import blocks_at_once, position_chunks
+from compressors.model.running.streaming import StreamedModel
 from compressors.recover.text_cache import TextCache, cache_bytes
 
 __all__ = ["Choose", "continue_texts", "sample_texts"]

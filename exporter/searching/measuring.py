@@ -31,8 +31,16 @@ def measured_divergence(trial: Trial, artifact: str, choice: FileChoice) -> floa
     folder.mkdir(parents=True)
     try:
         context = replace(trial.context, output=folder)
-        with weights_by_layer(context, student, artifact, choice, folder) as weights:
-            divergence = trial.judged(student.as_written(weights), weights.write)
+        with (
+            weights_by_layer(context, student, artifact, choice, folder) as weights,
+            context.progress.bar("layers", student.spec.n_layers) as advance,
+        ):
+
+            def write(layer: int) -> None:
+                weights.write(layer)
+                advance(1)
+
+            divergence = trial.judged(student.as_written(weights), write)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     write_atomically(path, json.dumps([*known, [key, divergence]]))

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.memory import position_chunks
 from compressors.model.running.routers import RoutedCall, watching
-from compressors.model.running.streaming import LayerObserver, StreamedModel, TokenGroup, position_chunks
+from compressors.model.running.streaming import LayerObserver, StreamedModel, TokenGroup
 
 __all__ = ["Head", "Loss", "ParameterKey", "RouterLoss", "StateLoss", "streamed_gradients"]
 __all__ += ["embedding_gradient"]

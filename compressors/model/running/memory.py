@@ -7,6 +7,7 @@ so results are the same bits under every limit.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ __all__ = [
     "give_back_freed",
     "least_bytes",
     "place",
+    "position_chunks",
     "positions_at_once",
     "rows_at_once",
     "working_bytes",
@@ -73,6 +75,13 @@ def positions_at_once(vocab_size: int) -> int:
     while n_positions > 256 and n_positions * vocab_size * 4 > _LOGIT_BYTES:
         n_positions //= 2
     return n_positions
+
+
+def position_chunks(states_ND: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yields (first position, states) of chunks whose logits fit in memory."""
+    n_positions = positions_at_once(vocab_size)
+    for start in range(0, len(states_ND), n_positions):
+        yield start, states_ND[start : start + n_positions]
 
 
 def working_bytes(spec: ModelSpec) -> int:

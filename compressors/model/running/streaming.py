@@ -31,6 +31,7 @@ from compressors.model.running.memory import (
     blocks_at_once,
     give_back_freed,
     place,
+    position_chunks,
     positions_at_once,
 )
 from compressors.model.running.not_finite import not_finite_error
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 __all__ = ["LayerObserver", "StreamedModel", "TokenGroup", "TrainableTensors", "factors_name"]
-__all__ += ["position_chunks"]
 
 TrainableTensors = Mapping[tuple[Role, int | None], torch.Tensor]
 """Tensors by role and layer, without experts; the layer of the final norm is None."""
@@ -397,10 +397,3 @@ class StreamedModel:
         if self._check_finite:
             refuse_not_finite(self.student, matrix_VD, Role.HEAD)
         return matrix_VD.to(self.device)
-
-
-def position_chunks(states_ND: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields (first position, states) of chunks whose logits fit in memory."""
-    n_positions = positions_at_once(vocab_size)
-    for start in range(0, len(states_ND), n_positions):
-        yield start, states_ND[start : start + n_positions]

@@ -19,7 +19,7 @@ from exporter.writing.onnx.layout import plan_tensors
 
 _GOLDEN = {
     "gguf": (2, "72229cbe1c0f63c76a6e22bd578af0a7210e92ebf390c8b02669d989d7aa37fc"),
-    "onnx": (8, "d4f449d837d889daf686a49d61cf8287aa864cadc85185b645e731019bb1c7dc"),
+    "onnx": (9, "d4f449d837d889daf686a49d61cf8287aa864cadc85185b645e731019bb1c7dc"),
 }
 
 
