@@ -11,7 +11,7 @@ from compressors.model.files.tokenizer_files import open_tokenizer
 __all__ = ["have_enough"]
 
 _LEAST_PIECE, _LARGEST_PIECE = 1 << 12, 1 << 17  # characters that are tokenised together
-_CHARACTERS_PER_TOKEN = 5  # more than most text has
+_CHARACTERS_PER_TOKEN = 3  # fewer than most text has: so little more is tokenised than is needed
 _SPARE_TOKENS = 8  # a piece ends anywhere, so its last tokens may be others than those of the whole text
 
 

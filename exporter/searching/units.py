@@ -128,12 +128,12 @@ def onnx_unit_plans(spec: ModelSpec, choice: FileChoice, budget_kind: BudgetKind
             the encoding; so do the candidates then. Of a GGUF file both budgets count the same bytes of a tensor.
     """
     with_feedback = choice.quantizer == "feedback"
+    stored = {name: replace(encoding, inputs=choice.inputs) for name, encoding in ENCODINGS.items()}
 
     def candidate(unit: Unit, name: str, n_bytes: int) -> Candidate:
-        encoding = ENCODINGS[name]
         if budget_kind == "total":
-            n_bytes = unit_runtime_bytes(spec, unit, replace(encoding, inputs=choice.inputs))
-        return _encoding_candidate(encoding, n_bytes, with_feedback)
+            n_bytes = unit_runtime_bytes(spec, unit, stored[name])
+        return _encoding_candidate(ENCODINGS[name], n_bytes, with_feedback)
 
     return tuple(
         UnitPlan(

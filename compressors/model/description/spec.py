@@ -304,7 +304,13 @@ class ModelSpec:
             mtp: the size of those in the layer that predicts one more token; None: the result has no such layer.
         """
         kept = range(len(sizes)) if sources is None else sources
-        layers = [self.layers[source].resized(size) for source, size in zip(kept, sizes, strict=True)]
+        found: dict[tuple[int, MoeSize], LayerSpec] = {}  # layers that are one object stay one, which remembers much
+        layers = []
+        for source, size in zip(kept, sizes, strict=True):
+            layer = self.layers[source]
+            if (id(layer), size) not in found:
+                found[id(layer), size] = layer.resized(size)
+            layers.append(found[id(layer), size])
         block = None if mtp is None or self.mtp is None else self.mtp.resized(mtp)
         return replace(self, layers=tuple(layers), mtp=block)
 
