@@ -89,6 +89,7 @@ def _layer_by_layer(
     for layer in range(model.spec.n_layers):
         model.release()
         write(layer)
+        model.release()  # gives back what writing has freed
         for _ in model.advance([group], hidden, range(layer, layer + 1)):
             if progress is not None:
                 progress(1)
