@@ -37,7 +37,7 @@ class FilePlan:
         n_bytes: the bytes of the whole file.
         beside: the contents of the other files of its folder, by name.
         opened: opens the weights in such a folder.
-        finish: is called when a layer is written.
+        finish: is called when a layer is written; None: nothing is to be done then.
     """
 
     name: str
@@ -46,7 +46,7 @@ class FilePlan:
     n_bytes: int
     beside: Mapping[str, bytes]
     opened: Callable[[Path], Weights]
-    finish: Callable[[], None]
+    finish: Callable[[], None] | None
 
 
 class LayerByLayer:
@@ -112,7 +112,8 @@ class LayerByLayer:
             self._write_pieces(path, pieces)
         except OSError as error:
             raise not_written(path, error) from error
-        self._plan.finish()
+        if self._plan.finish is not None:
+            self._plan.finish()
         return self._plan.opened(folder)
 
     def _write_pieces(self, path: Path, pieces: Sequence[Piece]) -> None:

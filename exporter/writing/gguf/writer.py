@@ -91,12 +91,12 @@ def gguf_by_layer(
     tensors = plan_tensors(student.spec, mix, types)
     header = header_without_metadata(tensors)
     plan = FilePlan(
-        _NAME_BY_LAYER,
-        header,
-        list(weight_pieces(student, tensors, len(header), importance or {}, feedback)),
-        file_size(header, tensors),
-        {},
-        lambda place: GgufWeights(place / _NAME_BY_LAYER, student.spec),
-        (lambda: None) if feedback is None else feedback.forget,
+        name=_NAME_BY_LAYER,
+        header=header,
+        pieces=list(weight_pieces(student, tensors, len(header), importance or {}, feedback)),
+        n_bytes=file_size(header, tensors),
+        beside={},
+        opened=lambda place: GgufWeights(place / _NAME_BY_LAYER, student.spec),
+        finish=None if feedback is None else feedback.forget,
     )
     return LayerByLayer(plan, folder, threads)

@@ -99,13 +99,13 @@ def onnx_by_layer(
     layout = plan_tensors(student.spec, preset, encodings, inputs)
     graph = build_model(layout).SerializeToString(deterministic=True)
     plan = FilePlan(
-        DATA_FILE,
-        b"",
-        list(weight_pieces(student, layout, importance or {}, feedback)),
-        layout.data_bytes,
-        {MODEL_FILE: graph},
-        lambda place: OnnxWeights(place, student.spec),
-        (lambda: None) if feedback is None else feedback.forget,
+        name=DATA_FILE,
+        header=b"",
+        pieces=list(weight_pieces(student, layout, importance or {}, feedback)),
+        n_bytes=layout.data_bytes,
+        beside={MODEL_FILE: graph},
+        opened=lambda place: OnnxWeights(place, student.spec),
+        finish=None if feedback is None else feedback.forget,
     )
     return LayerByLayer(plan, folder, threads)
 
