@@ -233,7 +233,7 @@ class KeptNeurons:
 
     neurons: tuple[int, ...]  # ascending
     correction_RM: torch.Tensor | None
-    """Float64: the factors of the columns of down that went, which are added to those that stay; None: nothing is."""
+    """Float32: the factors of the columns of down that went, which are added to those that stay; None: nothing is."""
     has_own_down: bool = False  # True if down has other values, and factors of it would take more room than it
 
 

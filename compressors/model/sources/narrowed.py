@@ -22,7 +22,7 @@ __all__ = ["NarrowedExperts", "correction_is_smaller", "holds_narrowed", "narrow
 __all__ += ["narrowed_tensors"]
 
 _NEURONS, _CORRECTION = ".neurons", ".correction"
-_INDEX_BYTES, _FACTOR_BYTES = 4, 8
+_INDEX_BYTES, _FACTOR_BYTES = 4, 4
 _ROWS_AT_ONCE = 512  # rows that are widened to float64 together
 
 
@@ -46,7 +46,7 @@ def narrowed_tensors(
     Args:
         down: the name of its down projection.
         neurons: the neurons that stay, in their order.
-        correction_RM: float64, see :func:`narrowed_down`; None: there are none.
+        correction_RM: float32, see :func:`narrowed_down`; None: there are none.
         down_DM: its down projection in storage dtype, where that is kept whole; None: it is put together.
     """
     import torch
@@ -67,7 +67,7 @@ def narrowed_down(
     Args:
         down_DF: the source's, float32.
         neurons: the neurons that stay, in ascending order.
-        correction_RM: float64 factors of the columns that went, in ascending order; None: they are left out.
+        correction_RM: float32 factors of the columns that went, in ascending order; None: they are left out.
 
     Returns:
         float32 [D, M].
@@ -82,7 +82,7 @@ def narrowed_down(
     gone_DR = down_DF[:, ~stays_F]
     for first in range(0, len(down_DM), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
-        down_DM[rows] = (down_DM[rows] + gone_DR[rows].double() @ correction_RM).float()
+        down_DM[rows] = (down_DM[rows] + gone_DR[rows].double() @ correction_RM.double()).float()
     return down_DM
 
 

@@ -96,7 +96,7 @@ def compensation(moment_FF: torch.Tensor, kept: tuple[int, ...], ridge: float) -
     expert has, the less its columns change, and without tokens they stay as they are.
 
     Returns:
-        S_RM (S_MM + ridge I)^-1, float64 [R, M]; None without tokens.
+        S_RM (S_MM + ridge I)^-1, float32 [R, M]; None without tokens.
     """
     if not moment_FF.any():
         return None
@@ -105,4 +105,4 @@ def compensation(moment_FF: torch.Tensor, kept: tuple[int, ...], ridge: float) -
     system_MM = moment_FF[is_kept_F][:, is_kept_F]
     system_MM.diagonal().add_(ridge)
     factors_RM: torch.Tensor = torch.linalg.solve(system_MM, moment_FF[~is_kept_F][:, is_kept_F], left=False)
-    return factors_RM
+    return factors_RM.float()
