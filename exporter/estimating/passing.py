@@ -8,6 +8,7 @@ from exporter.estimating.estimate import SENSITIVITY_TOKENS
 from exporter.estimating.needs import heldout_blocks, training_snapshot_bytes
 from exporter.planning.compression import changes_experts, runs_text
 from exporter.planning.plan import Plan
+from exporter.planning.recovery import schedule_of
 from validate.metrics.generation import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 
 __all__ = ["compressing_bytes", "gathering_bytes", "state_bytes", "text_bytes", "training_step_bytes"]
@@ -39,7 +40,10 @@ def text_bytes(plan: Plan) -> int:
 
 
 def training_step_bytes(plan: Plan, stage: str) -> int:
-    """Every layer's input in a step, and in stages that train to the end two snapshots of what is trained."""
+    """Every layer's input in a step, and in stages that train to the end two snapshots of what is trained.
+
+    The last step has none, so a rung of one step has no snapshot, and one of two steps a single one.
+    """
     choice, spec = plan.recipe.recover, plan.student_spec
     trained = {"schedule": choice.trained, "recover": choice.rungs, "retune": choice.trained[len(choice.rungs) :]}[
         stage
@@ -48,4 +52,6 @@ def training_step_bytes(plan: Plan, stage: str) -> int:
         return 0
     blocks = max(rung.blocks_per_step for rung in trained)
     inputs = (spec.n_layers + 1) * blocks * BLOCK_LENGTH * spec.hidden_size * 4
-    return inputs + (0 if stage == "schedule" else 2 * training_snapshot_bytes(plan, trained))
+    n_steps = max(schedule_of(choice, rung, rung.blocks).n_steps for rung in trained)
+    n_snapshots = 0 if stage == "schedule" else min(2, n_steps - 1)
+    return inputs + n_snapshots * training_snapshot_bytes(plan, trained)

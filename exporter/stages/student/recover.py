@@ -34,7 +34,7 @@ from exporter.stages.inputs import (
 from exporter.stages.student.training import training_of
 from exporter.work.snapshot import Snapshot
 from exporter.work.stage import StageContext
-from exporter.writing.files import write_atomically
+from exporter.writing.files import complete_or_absent, write_atomically
 from validate.runtimes.backend import scored_positions
 
 __all__ = ["Ladder", "judge_on_selection", "recover"]
@@ -56,7 +56,7 @@ def recover(context: StageContext) -> None:
 
 
 def judge_on_selection(
-    context: StageContext, student: Student, write: Callable[[int], None] | None = None
+    context: StageContext, student: Student, write: Callable[[int | None], None] | None = None
 ) -> Judgement:
     """Compares a student with the teacher on the selection split, which no training sees.
 
@@ -182,20 +182,24 @@ class Ladder:
     def _taught(self, path: Path, rung: RungChoice, n_blocks: int, rate: float, snapshot: Snapshot) -> Judgement:
         """Trains a rung, writes its tensors to ``path``, and judges the student with them.
 
+        An attempt that was killed while it judged has left them there.
+
         Raises:
             TooLargeError: the training does not fit the memory.
             TrainingDivergedError: the training gave NaN or infinite values.
         """
-        training = training_of(self._context, self.student, rung, n_blocks, rate, self._block_length())
-        self._train(training, snapshot)
-        if is_first():
-            save_file(self._learned(training), path)
-        wait_for_all()
-        del training  # its weights and moments must be gone before another model takes their place
+        if not path.exists():
+            training = training_of(self._context, self.student, rung, n_blocks, rate, self._block_length())
+            self._train(training, snapshot)
+            if is_first():
+                with complete_or_absent(path) as place:
+                    save_file(self._learned(training), place)
+            wait_for_all()
+            del training  # its weights and moments must be gone before another model takes their place
         return judge_on_selection(self._context, self._student_with(StoredTensors(path)))
 
     def _train(self, training: Training, snapshot: Snapshot) -> None:
-        """Runs all steps, from the snapshot on if there is one."""
+        """Runs all steps, from the snapshot on if there is one; what the last one taught needs none."""
         found = snapshot.load()
         if found is not None:
             training.restore(StoredTensors(found[1] / _STATE))
@@ -204,9 +208,13 @@ class Ladder:
             if is_first():  # it is the same in all processes
                 save_file(training.state(), folder / _STATE)
 
+        def keep(training: Training) -> None:
+            if training.n_done < training.settings.n_steps:
+                snapshot.keep(training.n_done, save)
+
         with self._context.progress.bar("steps", training.settings.n_steps) as advance:
             advance(training.n_done)
-            train(training, progress=advance, after_step=lambda training: snapshot.keep(training.n_done, save))
+            train(training, progress=advance, after_step=keep)
 
     def _overlay(self, number: int) -> Path:
         return RUNG_OVERLAY.within(self._folder, number=number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from compressors.model.description.roles import Role
 from compressors.model.sources.student import Student
+from compressors.recover.divergence import Judgement
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
@@ -23,7 +24,8 @@ from exporter.stages.inputs import open_student
 from exporter.stages.student import recover
 from exporter.stages.table import CALIBRATE, COMPRESS, RECOVER, SCHEDULING
 from exporter.work.directory import WorkDirectory
-from exporter.work.stage import Stage
+from exporter.work.snapshot import Snapshot
+from exporter.work.stage import Stage, StageContext
 from tests.exporter.stage_runs import run_stage
 
 pytestmark = pytest.mark.usefixtures("torch_left_as_it_was")
@@ -42,9 +44,7 @@ class _Compressed:
     def climb(self, folder: Path, *rungs: dict[str, Any], memory_bytes: int | None = None) -> _Climbed:
         """Runs ``schedule`` and ``recover`` with these rungs in a copy of the work."""
         shutil.copytree(self.folder, folder)
-        recipe = self.plan.recipe.model_dump()
-        recipe["recover"]["rungs"] = rungs
-        plan = replace(self.plan, recipe=Recipe.model_validate(recipe))
+        plan = _with_rungs(self.plan, *rungs)
         climbed = _Climbed(plan if memory_bytes is None else replace(plan, memory_bytes=memory_bytes), folder)
         climbed.run(SCHEDULING)
         climbed.run(RECOVER)
@@ -85,6 +85,12 @@ def compressed(
     for stage in (CALIBRATE, COMPRESS):
         climbed.run(stage)
     return _Compressed(plan, climbed.folder)
+
+
+def _with_rungs(plan: Plan, *rungs: dict[str, Any]) -> Plan:
+    recipe = plan.recipe.model_dump()
+    recipe["recover"]["rungs"] = rungs
+    return replace(plan, recipe=Recipe.model_validate(recipe))
 
 
 def _tensors(student: Student) -> list[torch.Tensor]:
@@ -155,7 +161,8 @@ def test_a_rate_by_the_divergence_is_the_better_of_two_trials(
     assert pinned.results[0]["selection_kld_after"] == result["selection_kld_after"]
     shorter = compressed.climb(tmp_path / "trial", rung | {"learning_rate": best, "blocks": 4})
     assert shorter.results[0]["selection_kld_after"] == min(trials.values()), "a trial is a short rung"
-    (climbed.folder / "recover" / "rung-0.json").unlink()  # stopped after the trials
+    for left in ("rung-0.json", "rung-0.safetensors"):  # stopped after the trials
+        (climbed.folder / "recover" / left).unlink()
     trained: list[int] = []
     really_train = recover.training_of
     monkeypatch.setattr(
@@ -201,3 +208,40 @@ def test_rungs_that_are_done_are_not_climbed_again(
     monkeypatch.setattr(recover, "training_of", None)  # it would fail
     climbed.run(RECOVER)
     assert climbed.results == [first, second]
+
+
+def test_a_rung_that_was_taught_is_only_judged_again(
+    compressed: _Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after training: its tensors are there, the snapshot of the last step but one too."""
+    kept: list[int] = []
+
+    class EachStep(Snapshot):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder, seconds=0)
+
+        def keep(self, position: int, write: Callable[[Path], None]) -> None:
+            kept.append(position)
+            super().keep(position, write)
+
+    def killed(context: StageContext, student: Student) -> Judgement:
+        if any((tmp_path / "work").rglob("snapshot-0")):
+            raise KeyboardInterrupt
+        return really_judge(context, student)
+
+    really_judge = recover.judge_on_selection
+    with monkeypatch.context() as patched:
+        patched.setattr(recover, "Snapshot", EachStep)
+        patched.setattr(recover, "judge_on_selection", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compressed.climb(tmp_path / "work", _ROUTER)
+    assert kept == [1, 2], "of 3 steps"
+    monkeypatch.setattr(recover, "training_of", None)  # it would fail
+    again = _Climbed(_with_rungs(compressed.plan, _ROUTER), tmp_path / "work")
+    again.run(RECOVER)
+    monkeypatch.undo()
+    uninterrupted = compressed.climb(tmp_path / "whole", _ROUTER)
+    (found,), (expected,) = again.results, uninterrupted.results
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    assert all(_equal(again.student(), uninterrupted.student()))
+    assert not [path.name for path in again.folder.rglob("*") if "snapshot" in path.name or path.suffix == ".partial"]
