@@ -1,7 +1,8 @@
-"""The inputs of each decoder layer, and of the head, for the first calibration tokens: kept on disk in bfloat16.
+"""The inputs of each decoder layer, and of the head, for the first calibration tokens, in bfloat16.
 
 With its inputs, a layer can be examined without running the layers before it: second moments of the inputs of its
-matrices, experts one at a time, in any order and as often as needed.
+matrices, experts one at a time. All inputs are kept on disk, to be read in any order and as often as needed; or those
+of one layer are there, and the model runs on when the next layer's are asked for.
 
 Letters as in :mod:`compressors.model.description.spec`.
 """
@@ -9,7 +10,9 @@ Letters as in :mod:`compressors.model.description.spec`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +21,24 @@ from compressors.model.files.array_file import ArrayFile
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 
-__all__ = ["LayerInputs", "write_layer_inputs"]
+__all__ = ["InputsOfLayers", "LayerInputs", "PassingInputs", "write_layer_inputs"]
+
+
+class InputsOfLayers(Protocol):
+    """The inputs of layers, and of the head as number L."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, T, D)."""
+
+    def reader(self, layer: int) -> Callable[[slice], torch.Tensor]:
+        """Returns what reads the inputs of a layer for some blocks: bfloat16 [b, T, D]; it may be called in threads.
+
+        It is valid until another layer's is asked for.
+
+        Raises:
+            InputError: they cannot be read.
+        """
 
 
 class LayerInputs:
@@ -57,7 +77,7 @@ class LayerInputs:
         file = ArrayFile.open(self._path(layer), writable=True)
         for position, block in enumerate(blocks):
             if block < len(file):
-                rows = states.read(slice(position, position + 1)).to(torch.bfloat16)
+                rows = _in_16_bits(states, slice(position, position + 1))
                 file.write(block, rows.view(torch.int16).numpy())  # NumPy has no bfloat16
 
     def read(self, layer: int, blocks: slice) -> torch.Tensor:
@@ -69,6 +89,10 @@ class LayerInputs:
         rows = ArrayFile.open(self._path(layer)).read(blocks.start, blocks.stop)
         return torch.from_numpy(rows).view(torch.bfloat16)
 
+    def reader(self, layer: int) -> Callable[[slice], torch.Tensor]:
+        """:meth:`read` for one layer."""
+        return partial(self.read, layer)
+
     def remove(self, layer: int) -> None:
         """Removes the inputs of a layer; it is no error if they are gone.
 
@@ -79,6 +103,50 @@ class LayerInputs:
 
     def _path(self, layer: int) -> Path:
         return self._folder / f"layer-{layer:03d}.npy"
+
+
+class PassingInputs:
+    """The inputs of one layer at a time, for a student whose layers are taken in order.
+
+    To go back to an earlier layer, all tokens run again from the first.
+
+    Args:
+        model: the student; it holds no weights while inputs are read.
+        tokens_BT: int64, the blocks that are kept.
+        dtype: dtype of the arithmetic.
+    """
+
+    def __init__(self, model: StreamedModel, tokens_BT: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+        self._model = model
+        self._group = TokenGroup(tokens_BT, dtype=dtype)
+        self._states: HiddenStates | None = None
+        self._layer = 0  # that the states enter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, T, D)."""
+        return (*self._group.tokens_BT.shape, self._model.spec.hidden_size)
+
+    def reader(self, layer: int) -> Callable[[slice], torch.Tensor]:
+        """As in :class:`InputsOfLayers`.
+
+        Raises:
+            InputError: weights cannot be read.
+            NotFiniteError: a value is not finite.
+            OSError: the disk is full or failed.
+        """
+        if self._states is None or layer < self._layer:
+            self._states = None  # its room is needed
+            (self._states,) = self._model.first_states([self._group], spilled=True)  # codes may take all memory
+            self._layer = 0
+        for done in self._model.advance([self._group], [self._states], range(self._layer, layer)):
+            self._layer = done + 1
+        self._model.release()
+        return partial(_in_16_bits, self._states)
+
+
+def _in_16_bits(states: HiddenStates, blocks: slice) -> torch.Tensor:
+    return states.read(blocks).to(torch.bfloat16)
 
 
 def write_layer_inputs(

@@ -1,6 +1,6 @@
 """Second moments, means of x x^T, of the inputs of a student's matrices: error feedback weighs errors with them.
 
-They come from stored layer inputs (:mod:`compressors.calibration.layer_inputs`), one decoder layer at a time. The layer
+They come from layer inputs (:mod:`compressors.calibration.layer_inputs`), one decoder layer at a time. The layer
 runs once over them without its experts, a few token blocks in each thread, and the experts' inputs are kept in 16 bits.
 The moments of one expert are computed from its tokens' rows on request: only those in use lie in memory, experts can be
 worked on in any number of threads, and an expert's weights are needed only for the inputs of its down projection.
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compressors.calibration.layer_inputs import LayerInputs
+from compressors.calibration.layer_inputs import InputsOfLayers
 from compressors.calibration.matrix_inputs import watching_inputs
 from compressors.calibration.sizes import ROWS_AT_ONCE, TOKENS_AT_ONCE
 from compressors.model.description.feed_forward import Routed
@@ -42,6 +42,7 @@ _COLUMNS_AT_ONCE = 256  # fewer would save a few more products, but make them sl
 _EXPERTS = Role.EXPERT_GATE  # the role of the input that all experts of a layer have
 
 _Part = TypeVar("_Part")
+_Reader = Callable[[slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class SecondMoments:
     """
 
     def __init__(
-        self, student: Student, inputs: LayerInputs, *, dtype: torch.dtype = torch.float32, threads: int = 1
+        self, student: Student, inputs: InputsOfLayers, *, dtype: torch.dtype = torch.float32, threads: int = 1
     ) -> None:
         self._student = student
         self._inputs = inputs
@@ -95,12 +96,13 @@ class SecondMoments:
         Raises:
             InputError: the layer's inputs or weights cannot be read.
         """
+        read = self._inputs.reader(index)
         seen, described = _Seen(), self.spec.layers[index]
         n_blocks, n_block_tokens, _ = self._inputs.shape
         weights = _without_experts(self._student, index)
         sums = _LayerSums(n_blocks * n_block_tokens, weights.others.get(Role.EXPERT_GATE_UP_BIAS))
         with self._model.layer(index, weights, self._dtype) as layer, _watched(layer, described, seen):
-            for part in self._in_parts(partial(self._run, index, layer, seen)):
+            for part in self._in_parts(partial(self._run, layer, read, seen)):
                 sums.add(part)
         return sums.moments(described.routed)
 
@@ -110,9 +112,10 @@ class SecondMoments:
         Raises:
             InputError: they cannot be read.
         """
+        read = self._inputs.reader(self.spec.n_layers)
         weight_D = self.spec.tensor(Role.FINAL_NORM).scales(self._student.tensor(Role.FINAL_NORM))
         total_DD = torch.zeros(2 * weight_D.shape)
-        for part_DD in self._in_parts(partial(self._head_part, weight_D)):
+        for part_DD in self._in_parts(partial(self._head_part, weight_D, read)):
             total_DD += part_DD
         n_blocks, n_block_tokens, _ = self._inputs.shape
         return Moments.of_sum(total_DD, n_blocks * n_block_tokens)
@@ -126,16 +129,16 @@ class SecondMoments:
             yield from in_order(pool, (partial(work, blocks) for blocks in groups), self._threads)
 
     @torch.no_grad()
-    def _run(self, index: int, layer: nn.Module, seen: _Seen, blocks: slice) -> _LayerPart:
-        self._model.run_layer(layer, self._inputs.read(index, blocks).to(self._dtype))
+    def _run(self, layer: nn.Module, read: _Reader, seen: _Seen, blocks: slice) -> _LayerPart:
+        self._model.run_layer(layer, read(blocks).to(self._dtype))
         products: dict[Role, torch.Tensor] = {role: _products(rows) for role, rows in seen.matrices.items()}
         if seen.experts_TD is None or seen.chosen_TK is None:
             return _LayerPart(products, None)
         products[_EXPERTS] = _products(seen.experts_TD)
         return _LayerPart(products, (seen.experts_TD, seen.chosen_TK))
 
-    def _head_part(self, weight_D: torch.Tensor, blocks: slice) -> torch.Tensor:
-        states_TD = self._inputs.read(self.spec.n_layers, blocks).flatten(0, 1).float()
+    def _head_part(self, weight_D: torch.Tensor, read: _Reader, blocks: slice) -> torch.Tensor:
+        states_TD = read(blocks).flatten(0, 1).float()
         return _products(functional.rms_norm(states_TD, weight_D.shape, weight_D, self.spec.rms_norm_eps))
 
 

@@ -40,7 +40,7 @@ def judge(
     limit: MemoryLimit | None = None,
     device: torch.device | None = None,
     choice: ExpertChoice | None = None,
-    write: Callable[[int], None] | None = None,
+    write: Callable[[int | None], None] | None = None,
 ) -> Judgement:
     """Computes divergence from the teacher and perplexity, over the scored positions of the blocks.
 
@@ -53,8 +53,8 @@ def judge(
         limit: memory that this process may use.
         device: the device on which layers compute.
         choice: a choice of experts in place of the student's top-k.
-        write: makes a layer's weights readable, in place of those of the layer before it; the model holds none
-            meanwhile. None: all can be read.
+        write: makes a layer's weights readable, or for None the head's, in place of those that it made readable
+            before; the model holds none meanwhile. None: all can be read.
 
     Raises:
         InputError: teacher and student have different vocabularies.
@@ -82,9 +82,12 @@ def judge(
 
 
 def _layer_by_layer(
-    model: StreamedModel, group: TokenGroup, write: Callable[[int], None], progress: Callable[[int], None] | None
+    model: StreamedModel,
+    group: TokenGroup,
+    write: Callable[[int | None], None],
+    progress: Callable[[int], None] | None,
 ) -> HiddenStates:
-    """The hidden states after the last layer, where one layer at a time can be read."""
+    """The hidden states after the last layer, where one layer at a time can be read; then the head can."""
     hidden = model.first_states([group], spilled=True)  # to write a layer may take all memory
     for layer in range(model.spec.n_layers):
         model.release()
@@ -93,6 +96,9 @@ def _layer_by_layer(
         for _ in model.advance([group], hidden, range(layer, layer + 1)):
             if progress is not None:
                 progress(1)
+    model.release()
+    write(None)
+    model.release()
     return hidden[0]
 
 

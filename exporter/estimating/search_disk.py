@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from statistics import fmean
 
-from compressors.calibration.sizes import layer_input_bytes, n_kept_blocks
+from compressors.calibration.sizes import n_kept_blocks
 from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.description.spec import ModelSpec
 from compressors.model.running.arithmetic import value_bytes
@@ -20,7 +20,7 @@ from exporter.estimating.passing import compressing_bytes, gathering_bytes, stat
 from exporter.planning.compression import by_layer, changes_experts, expected_spec, only_narrows
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import CompressChoice
-from exporter.searching.ladder import ladder_for
+from exporter.searching.ladder import TRIAL_BLOCKS, ladder_for
 from exporter.searching.structures import structures_for, whole
 from exporter.writing.gguf.layout import plan_tensors as gguf_tensors
 from exporter.writing.onnx.layout import plan_tensors as onnx_tensors
@@ -113,13 +113,15 @@ def _n_experts(choice: CompressChoice, teacher: ModelSpec) -> float:
 
 def _as_tried(plan: Plan, choice: CompressChoice) -> Plan:
     """The plan of a run with this structure and the rungs that a search tries on it, which train no file."""
-    rungs, _ = ladder_for(choice, plan)
+    ladder, _ = ladder_for(choice, plan)
+    rungs = tuple(rung.model_copy(update={"blocks": min(rung.blocks, TRIAL_BLOCKS)}) for rung in ladder.rungs)
+    recover = ladder.model_copy(update={"rungs": rungs})
     untyped, held = {"mix": "F32", "tensors": {}}, _containers(choice, plan)
     files = {
         name: plan.recipe.file(name).model_copy(update=untyped) if name in held else None
         for name in plan.recipe.artifacts
     }
-    return replace(plan, recipe=plan.recipe.model_copy(update={"compress": choice, "recover": rungs, **files}))
+    return replace(plan, recipe=plan.recipe.model_copy(update={"compress": choice, "recover": recover, **files}))
 
 
 def _tried_bytes(plan: Plan, measured: int) -> int:
@@ -127,11 +129,8 @@ def _tried_bytes(plan: Plan, measured: int) -> int:
     statistics = statistics_bytes(plan.student_spec) if changes_experts(plan.recipe.compress) else 0
     kept = changed_expert_bytes(plan) + statistics + taught_bytes(plan)
     before_the_file = max(compressing_bytes(plan), training_step_bytes(plan, "recover"), gathering_bytes(plan))
-    return kept + max(before_the_file - measured, _own_inputs(plan, measured) if plan.keeps_layer_inputs else 0, 0)
-
-
-def _own_inputs(plan: Plan, measured: int) -> int:
-    """The bytes of the structure's layer inputs beside these bytes of a file, or while they are made."""
-    spec, n_blocks = plan.student_spec, n_kept_blocks(plan.recipe.text.calibration_blocks, BLOCK_LENGTH)
-    inputs = layer_input_bytes(spec, n_blocks * BLOCK_LENGTH)
-    return inputs + max(0, state_bytes(plan, n_blocks * value_bytes(plan.recipe.arithmetic)) - measured)
+    beside_the_file = 0
+    if plan.keeps_layer_inputs:  # what enters the layer whose codes are chosen
+        n_blocks = n_kept_blocks(plan.recipe.text.calibration_blocks, BLOCK_LENGTH)
+        beside_the_file = state_bytes(plan, n_blocks * value_bytes(plan.recipe.arithmetic))
+    return kept + max(before_the_file - measured, beside_the_file)

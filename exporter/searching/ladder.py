@@ -10,12 +10,15 @@ from exporter.planning.recipe import CompressChoice, Recipe, RecoverChoice, Rung
 from exporter.planning.recovery import Machine, RefusedRung, choose_ladder, tuning_rung, wish_for
 from exporter.searching.structures import whole
 
-__all__ = ["ladder", "ladder_for", "machine_for", "rung_beside_codes"]
+__all__ = ["TRIAL_BLOCKS", "ladder", "ladder_for", "machine_for", "rung_beside_codes"]
 
 _WORTH_TEACHING = 0.005
 """Divergence, nats, from which norms and block scales of a file are trained: below, they gain a few percent at most."""
 
 _BLOCKS = 80  # 40,960 tokens
+
+TRIAL_BLOCKS = 16
+"""Blocks of recovery with which a search tries a structure: enough to see whether it helps, and about how much."""
 
 
 def ladder(

@@ -36,9 +36,9 @@ def measured_divergence(trial: Trial, artifact: str, choice: FileChoice) -> floa
             context.progress.bar("layers", student.spec.n_layers) as advance,
         ):
 
-            def write(layer: int) -> None:
+            def write(layer: int | None) -> None:
                 weights.write(layer)
-                advance(1)
+                advance(layer is not None)
 
             divergence = trial.judged(student.as_written(weights), write)
     finally:

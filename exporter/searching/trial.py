@@ -18,7 +18,7 @@ from compressors.sensitivity.matrices import Sensitivities
 from compressors.sensitivity.measuring import measured_table
 from exporter.file_names import SENSITIVITIES, TRIAL
 from exporter.planning.recipe import CompressChoice
-from exporter.searching.ladder import ladder_for
+from exporter.searching.ladder import TRIAL_BLOCKS, ladder_for
 from exporter.searching.structures import whole
 from exporter.stages.inputs import importance_of, memory_limit, open_student
 from exporter.stages.student.recover import Ladder, judge_on_selection
@@ -30,8 +30,7 @@ from exporter.writing.files import flush_folder, write_atomically
 
 __all__ = ["Trial"]
 
-_FIGURES_VERSION = 3  # of the original's figures: raise it together with the version of the stage search
-_TRIAL_BLOCKS = 16  # blocks of recovery: enough to see whether it helps, and about how much
+_FIGURES_VERSION = 4  # of the original's figures: raise it together with the version of the stage search
 
 
 def _place_of_original(work: WorkDirectory) -> Path:
@@ -80,14 +79,14 @@ class Trial:
         context.output.mkdir(parents=True, exist_ok=True)
         ladder = Ladder(context, open_student(plan, context.work, "compress"))
         for number, rung in enumerate(choice.rungs):
-            ladder.climb(number, rung, min(rung.blocks, _TRIAL_BLOCKS))
+            ladder.climb(number, rung, min(rung.blocks, TRIAL_BLOCKS))
         context.output.rename(self.context.work.stage("recover"))
 
     def divergence(self) -> float:
         """The divergence from the original on the selection split, unquantized: nats."""
         return 0.0 if self.is_original else self._remembered("divergence", lambda: self.judged(self.student()))
 
-    def judged(self, student: Student, write: Callable[[int], None] | None = None) -> float:
+    def judged(self, student: Student, write: Callable[[int | None], None] | None = None) -> float:
         """The divergence of a student of this structure on the selection split: nats.
 
         Args:

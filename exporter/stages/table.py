@@ -112,7 +112,7 @@ SENSITIVITY = Stage(
 COMPRESS = Stage(
     "compress",
     "student.compress",
-    version=4,
+    version=5,
     what="compress the experts",
     reads=_BLOCKS | files_of("calibrate", STATISTICS),
     writes=(EXPERT_MAP, OVERLAY, STATISTICS),
@@ -192,7 +192,7 @@ def _within(*stages: Stage) -> Reads:
 SEARCH = Stage(
     "search",
     "search.search",
-    version=5,
+    version=6,
     what="search for the best file that fits",
     reads=_within(COMPRESS, RECOVER, GGUF, ONNX),
     writes=(FOUND, EFFORT, TRIAL),

@@ -1,4 +1,4 @@
-"""A file that is never whole: what belongs to no layer stays, and one layer at a time is there beside it.
+"""A file that is never whole: embedding and final norm stay, and a layer, or the head, is there beside them.
 
 To measure the numbers that a file would hold then takes little room. Each layer is written at the places that it has in
 the whole file; what lies between takes no room where the file system keeps holes, as most do.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FilePlan", "LayerByLayer"]
 
-_OUTSIDE, _LAYER = "outside", "layer"
+_STAYS, _PASSES = "stays", "passes"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class FilePlan:
 
 
 class LayerByLayer:
-    """Implements :class:`~compressors.model.sources.weights.Weights` for the layer that was last written.
+    """Implements :class:`~compressors.model.sources.weights.Weights` for the layer, or the head, that was last written.
+
+    The head is apart so that all layers can be taken before it: error feedback asks what enters it.
 
     Args:
         plan: the file.
@@ -65,45 +67,51 @@ class LayerByLayer:
         self._plan = plan
         self._folder = folder
         self._threads = threads
-        self._outside = self._written(None, folder / _OUTSIDE)
-        self._layer: tuple[int, Weights] | None = None
+        self._has_head = any(piece.is_head for piece in plan.pieces)  # or it is the embedding
+        staying = [piece for piece in plan.pieces if piece.layer is None and not piece.is_head]
+        self._stays = self._written(staying, folder / _STAYS)
+        self._passes: tuple[int | None, Weights] | None = None
 
-    def write(self, layer: int) -> None:
-        """Writes a layer in place of the one that is there. The errors are those of the class."""
-        self._layer = None
-        shutil.rmtree(self._folder / _LAYER, ignore_errors=True)
-        self._layer = layer, self._written(layer, self._folder / _LAYER)
+    def write(self, layer: int | None) -> None:
+        """Writes a layer, or for None the head, in place of what is there. The errors are those of the class."""
+        if layer is None and not self._has_head:
+            return
+        self._passes = None
+        shutil.rmtree(self._folder / _PASSES, ignore_errors=True)
+        is_head = layer is None
+        pieces = [piece for piece in self._plan.pieces if piece.layer == layer and piece.is_head == is_head]
+        self._passes = layer, self._written(pieces, self._folder / _PASSES)
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the experts."""
-        return self._outside.dtype
+        return self._stays.dtype
 
     def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
         """Dtype of the tensors of a role outside of experts."""
-        return self._outside.dtype_of(role, layer)
+        return self._stays.dtype_of(role, layer)
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role outside of experts."""
-        return self._weights(layer).tensor(role, layer)
+        return self._weights(role, layer).tensor(role, layer)
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
         """Some consecutive rows of :meth:`tensor`."""
-        return self._weights(layer).rows(role, layer, rows)
+        return self._weights(role, layer).rows(role, layer, rows)
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out`` with one expert's projection."""
-        self._weights(layer).read_expert(role, layer, expert, out)
+        self._weights(role, layer).read_expert(role, layer, expert, out)
 
-    def _weights(self, layer: int | None) -> Weights:
-        if layer is None:
-            return self._outside
-        assert self._layer is not None and self._layer[0] == layer, f"layer {layer} is not the one that is there"
-        return self._layer[1]
+    def _weights(self, role: Role, layer: int | None) -> Weights:
+        if layer is None and role is not Role.HEAD:
+            return self._stays
+        what = "the head" if layer is None else f"layer {layer}"
+        assert self._passes is not None and self._passes[0] == layer, f"{what} is not what is there"
+        return self._passes[1]
 
-    def _written(self, layer: int | None, folder: Path) -> Weights:
+    def _written(self, pieces: Sequence[Piece], folder: Path) -> Weights:
         folder.mkdir()
-        pieces = [piece for piece in self._plan.pieces if piece.layer == layer]
         check_free_space(folder, sum(piece.n_bytes for piece in pieces))
         path = folder / self._plan.name
         try:

@@ -29,6 +29,7 @@ class Piece(Extent):
     read: Callable[[], Callable[[], Sequence[Part]]]  # reads the weights; its result quantizes them, in a thread
     then: Callable[[], None] | None = None  # is called when no attempt makes this piece, or one before it, again
     layer: int | None = None  # the decoder layer that it belongs to
+    is_head: bool = False  # it belongs to a head that is not the embedding
 
 
 class MatrixRows(Protocol):
@@ -41,6 +42,10 @@ class MatrixRows(Protocol):
     @property
     def expert(self) -> int | None:
         """The expert whose matrix it is; None for any other matrix."""
+
+    @property
+    def is_head(self) -> bool:
+        """True if it is a head that is not the embedding."""
 
 
 _Rows = TypeVar("_Rows", bound=MatrixRows)

@@ -21,6 +21,7 @@ class Calibrated:
 
     def __init__(self, student: Student, tokens_BT: torch.Tensor, folder: Path) -> None:
         self.student = student
+        self.tokens_BT = tokens_BT
         collector = StatisticsCollector(student.spec)
         StreamedModel(student).stream([TokenGroup(tokens_BT, [collector.observe])])
         statistics = [collector.take(layer) for layer in range(student.spec.n_layers)]

@@ -111,7 +111,7 @@ def write_onnx_folder(context: StageContext, model: Student, choice: FileChoice,
 def weights_by_layer(
     context: StageContext, model: Student, artifact: str, choice: FileChoice, place: Path
 ) -> Iterator[LayerByLayer]:
-    """The numbers of the file that would be written, one layer at a time; the layer inputs that it needs stay.
+    """The numbers of the file that would be written, one layer at a time; calibration's layer inputs stay.
 
     Args:
         context: the context of the stage.
@@ -124,7 +124,7 @@ def weights_by_layer(
     threads = writer_threads(context.plan, model.spec, choice.quantizer)
     folder = place / "layers"
     folder.mkdir()
-    with feedback_for(context, model, choice.quantizer, place) as feedback:
+    with feedback_for(context, model, choice.quantizer, place, by_layer=True) as feedback:
         if artifact == "gguf":
             yield gguf_by_layer(
                 model,

@@ -52,7 +52,8 @@ def weight_pieces(
     for number, group in enumerate(groups):
         end = max(end, *(rows.offset + rows.n_bytes for rows in group))
         then = feedback.release(layers[number]) if feedback is not None and number in layers else None
-        yield Piece(sum(rows.n_bytes for rows in group), end, partial(matrices.read, group), then, group[0].layer)
+        n_bytes, first = sum(rows.n_bytes for rows in group), group[0]
+        yield Piece(n_bytes, end, partial(matrices.read, group), then, first.layer, first.is_head)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class _Rows:
     def layer(self) -> int | None:
         """The decoder layer; None outside of the layers."""
         return self.tensor.layer
+
+    @property
+    def is_head(self) -> bool:
+        """True for the head, unless it is the embedding."""
+        return self.tensor.role is Role.HEAD
 
     @property
     def n_bytes(self) -> int:

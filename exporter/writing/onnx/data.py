@@ -57,7 +57,7 @@ def weight_pieces(
         end = max(end, *(place.end for rows in group for place in rows.places))
         n_bytes = sum(place.n_bytes for rows in group for place in rows.places)
         then = feedback.release(layers[number]) if feedback is not None and number in layers else None
-        yield Piece(n_bytes, end, partial(weights.read, group), then, group[0].layer)
+        yield Piece(n_bytes, end, partial(weights.read, group), then, group[0].layer, group[0].is_head)
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ class _Rows:
     def layer(self) -> int | None:
         """The decoder layer; None outside of the layers."""
         return self.weight.layer
+
+    @property
+    def is_head(self) -> bool:
+        """True for the head, unless it is the embedding."""
+        return self.weight.roles == (Role.HEAD,)
 
     @property
     def places(self) -> list[Place]:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressors.calibration.layer_inputs import LayerInputs, write_layer_inputs
+from compressors.calibration.layer_inputs import LayerInputs, PassingInputs, write_layer_inputs
 from compressors.calibration.sizes import KEPT_TOKENS, layer_input_bytes, n_kept_blocks
 from compressors.model.errors import InputError
 from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
@@ -66,3 +67,22 @@ def test_they_are_what_each_layer_is_given(float32_toy: Source, tmp_path: Path, 
         kept = inputs.read(index + 1, slice(0, 3)).float()
         assert (leaving.read(slice(0, 3)).float() - kept).norm() < 0.01 * kept.norm()
     assert tokens_BT.numel() <= KEPT_TOKENS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limited", [False, True])
+def test_passing_ones_are_those_that_are_kept(
+    float32_toy: Source, tmp_path: Path, dtype: torch.dtype, limited: bool
+) -> None:
+    """In their order, once more, forwards past a layer, and back."""
+    tokens_BT, student = torch.arange(3 * 8).view(3, 8), Student.teacher(float32_toy)
+    kept = write_layer_inputs(StreamedModel(student), tokens_BT, tmp_path / "kept", dtype)
+    limit = MemoryLimit(10**9, tmp_path / "spill") if limited else None
+    passing = PassingInputs(StreamedModel(student, limit=limit), tokens_BT, dtype)
+    assert passing.shape == kept.shape == (3, 8, student.spec.hidden_size)
+    for layer in (0, 1, 1, 2, 0, 2):
+        read, expected = passing.reader(layer), kept.reader(layer)
+        for blocks in (slice(0, 3), slice(1, 2)):
+            assert torch.equal(read(blocks), expected(blocks)), layer
+    assert limited == (tmp_path / "spill").exists()
+    assert not [*tmp_path.glob("spill/*")]  # the states' file has no name

@@ -300,13 +300,13 @@ def test_a_search_needs_one_structure_and_one_layer_of_a_file_at_a_time(plan: Pl
     tried, of_all = "a smaller structure that the search tries", 512 * spec.hidden_size
     measured = lines["a layer of a file that the search measures"]
     assert 0 < measured <= max(entry.file for entry in plan.predictions.values())
-    neurons = 2 * 32 * (spec.expert_width - 64)  # the widest that is narrower: a number, and a column in 16 bits
-    structure = neurons * (4 + spec.hidden_size * 2)
+    n_kept = spec.expert_width // 2  # of each neuron that stays a number, and a factor of each of those that went
+    structure = 2 * 32 * n_kept * (4 + 4 * n_kept)
     summed = 2 * 40 * of_all * 4 - measured  # the states behind its statistics, before a file is there
     assert structure + summed < lines[tried] < structure + summed + lines["statistics"]
-    inputs, states = 3 * 40 * of_all * 2, 40 * of_all * 4
+    states = 40 * of_all * 4  # what enters one layer, while its codes are chosen
     with_codes = disk_by_stage(_choosing_codes(searched))["search"][tried]
-    assert with_codes - lines[tried] == inputs + max(0, states - measured) - max(0, summed)
+    assert with_codes - lines[tried] == max(0, states - max(0, summed))
     pruned = replace(searched, search=Search("reap", None, "moe", "none", "quality", 1))
     watched = 4 * 8 * (2 + 2) * of_all - measured  # every layer's input, for sensitivities
     assert disk_by_stage(pruned)["search"][tried] == max(0, watched), "no expert changes"
@@ -331,6 +331,9 @@ def test_training_needs_its_snapshots_and_what_it_taught(plan: Plan) -> None:
     taught = disk_by_stage(_edited(plan, recover={"rungs": [_ROUTER | {"scope": "experts"}]}))
     assert taught["recover"]["training"] == inputs + 2 * 3 * (routers + experts * 4)
     assert taught["gguf"]["what recovery taught"] == routers + experts * 2
+    for n_steps, n_snapshots in ((1, 0), (2, 1), (3, 2)):  # none is of the last step
+        short = disk_by_stage(_edited(plan, recover={"rungs": [_ROUTER | {"blocks": 8 * n_steps}]}))
+        assert short["recover"]["training"] == inputs + n_snapshots * 3 * routers
     none = disk_by_stage(_edited(plan, recover={"rungs": []}))
     assert not any({"training", "what recovery taught", "training targets"} & set(lines) for lines in none.values())
 

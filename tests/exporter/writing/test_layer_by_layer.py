@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from compressors.calibration.layer_inputs import PassingInputs
+from compressors.calibration.second_moments import SecondMoments
 from compressors.calibration.splits import read_splits, tokenize
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.streaming import StreamedModel, TokenGroup
@@ -22,6 +25,7 @@ from compressors.model.sources.student import ExpertMap, Student
 from compressors.model.sources.weights import Weights
 from compressors.recover.divergence import judge
 from exporter.writing import layer_by_layer
+from exporter.writing.feedback import StudentFeedback
 from exporter.writing.gguf.writer import gguf_by_layer, write_gguf
 from exporter.writing.layer_by_layer import LayerByLayer
 from exporter.writing.onnx.writer import onnx_by_layer, write_onnx
@@ -46,6 +50,18 @@ def calibrated(
     student = Student(source, ExpertMap.keeping(32, [tuple(range(first, 32, 4)) for first in range(3)]))
     tokens_BT = tokenize(read_splits(calibration_folder, None), fine_folder)[0].spread(2).tokens_BT
     return Calibrated(student, tokens_BT, folder / "inputs")
+
+
+@pytest.fixture(scope="module")
+def untied(
+    tmp_path_factory: pytest.TempPathFactory, olmoe_folder: Path, fine_folder: Path, calibration_folder: Path
+) -> Calibrated:
+    """A model whose head is not its embedding, with 12 of its 16 experts."""
+    student = Student(
+        open_source(olmoe_folder), ExpertMap.keeping(16, [tuple(range(first, 12 + first)) for first in range(3)])
+    )
+    tokens_BT = tokenize(read_splits(calibration_folder, None), fine_folder)[0].spread(2).tokens_BT
+    return Calibrated(student, tokens_BT, tmp_path_factory.mktemp("untied") / "inputs")
 
 
 @pytest.fixture(params=["gguf", "onnx"])
@@ -89,9 +105,8 @@ def _values(student: Student, weights: Weights, layer: int | None) -> Iterator[t
 
 
 def _check_same(student: Student, one: LayerByLayer, whole: Weights) -> None:
-    for layer in (None, 0, 1, 2, 1):
-        if layer is not None:
-            one.write(layer)
+    for layer in (0, 1, 2, 1, None):
+        one.write(layer)
         pairs = zip(_values(student, one, layer), _values(student, whole, layer), strict=True)
         assert all(torch.equal(value, expected) for value, expected in pairs)
 
@@ -126,7 +141,7 @@ def test_no_more_than_a_layer_lies_on_the_disk(calibrated: Calibrated, tmp_path:
         weights.write(layer)
         taken = _bytes_on_disk(folder) - outside
         assert of_layer - _PAGES < taken < of_layer + _PAGES
-    with pytest.raises(AssertionError, match="layer 0 is not the one that is there"):
+    with pytest.raises(AssertionError, match="layer 0 is not what is there"):
         list(_values(student, weights, 0))
 
 
@@ -140,6 +155,38 @@ def test_it_is_judged_as_the_whole_file_is(
     found = judge(student.as_written(weights), tokens_BT, teacher, _SCORED, seen.append, write=weights.write)
     assert found == of_whole
     assert found.divergence > 0 and seen == [1, 1, 1]
+
+
+def test_the_head_is_there_when_it_is_asked_for(untied: Calibrated, tmp_path: Path, artifact: str) -> None:
+    student = untied.student
+    whole, _ = _whole(artifact, student, tmp_path / "whole")
+    weights = _by_layer(artifact, student, tmp_path / "layers")
+    weights.write(2)
+    with pytest.raises(AssertionError, match="the head is not what is there"):
+        weights.rows(Role.HEAD, None, slice(0, 1))
+    _check_same(student, weights, whole)
+    with pytest.raises(AssertionError, match="layer 2 is not what is there"):
+        list(_values(student, weights, 2))
+
+
+@pytest.mark.parametrize(("name", "n_passes"), [("untied", 1), ("calibrated", 2)])  # a tied head is needed at once
+def test_its_codes_are_chosen_by_inputs_that_pass_by(
+    request: pytest.FixtureRequest, tmp_path: Path, artifact: str, name: str, n_passes: int
+) -> None:
+    of_model: Calibrated = request.getfixturevalue(name)
+    student, tokens_BT = of_model.student, of_model.tokens_BT
+    whole, _ = _whole(artifact, student, tmp_path / "whole", feedback=of_model.feedback())
+    model, passes = StreamedModel(student), []
+    first_states = model.first_states
+    model.first_states = lambda *given, **named: passes.append(1) or first_states(*given, **named)  # type: ignore
+    moments = SecondMoments(student, PassingInputs(model, tokens_BT))
+    feedback = StudentFeedback(moments, tied=student.spec.tied_embeddings)
+    weights = _by_layer(artifact, student, tmp_path / "layers", feedback=feedback)
+    for layer in (0, 1, 2, None):
+        weights.write(layer)
+        pairs = zip(_values(student, weights, layer), _values(student, whole, layer), strict=True)
+        assert all(torch.equal(value, expected) for value, expected in pairs)
+    assert len(passes) == n_passes
 
 
 @pytest.fixture(scope="module")
