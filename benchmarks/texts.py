@@ -268,13 +268,12 @@ greedy text. Seconds of one processor, drafting not included. Written by `python
 _SHAPE_PAGE = """
 ## Time at real shape
 
-2 layers of Qwen3-30B-A3B's shape, 3.7 GB of random weights, --memory 5GB, 2 threads, the page cache warm. A draft of
+6 layers of Qwen3-30B-A3B's shape, 8.7 GB of random weights, --memory 5GB, 2 threads, the page cache warm. A draft of
 random weights is hardly ever right, so the tokens are prescribed, and drafts of them are right about as often as those
 of `fine` in Q4_0: the products and the bytes read are those of a real run. With the real draft of such weights, a pass
 gives little more than one token. Drafting itself is not included: it is decoding in llama.cpp, as much as the gate's
-own texts and the rejected tokens. The machine was shared with other work: only the ratio means something. Here the
-head (a vocabulary of 151,936) takes many of the products; it runs a few tokens beyond the first wrong one of a draft.
-Where reading takes the time, the number of passes counts instead.
+own texts and the rejected tokens. Here the head (a vocabulary of 151,936) takes many of the products; it runs a few
+tokens beyond the first wrong one of a draft. Where reading takes the time, the number of passes counts instead.
 
 | drafts | passes | drafted | accepted | seconds | times faster |
 |---|---|---|---|---|---|"""

@@ -4,7 +4,7 @@
 
 Rows of the shapes and bits that are measured take the place of those that are there; ratios are those of one run.
 
-Two layers of each shape, random weights, one thread. Files of as many bits answer the same prompts in turns in one
+Six layers of each shape, random weights, one thread. Files of as many bits answer the same prompts in turns in one
 process, and each is measured once more in a process of its own for its memory. llama.cpp runs as its users run it.
 """
 
@@ -102,27 +102,28 @@ class _Comparison:
 
     def rows(self) -> Iterator[Row]:
         """Measures speed and memory."""
-        times = measure(self._sides(), list(_answers()))
-        gc.collect()
-        for program, found in times.items():
-            yield self._row(program, found, self._files.get(program))
+        for open_sides in (self._sides, self._other_exporters):  # one after the other: memory has no room for all
+            for program, found in measure(open_sides(), list(_answers())).items():
+                yield self._row(program, found, self._files.get(program))
+            gc.collect()
 
     def _sides(self) -> dict[str, Side]:
         sides: dict[str, Side] = {
             name: LlamaCpp(written.path, _CONTEXT) if name.startswith(_LLAMA_CPP) else OnnxRuntime(written.path)
             for name, written in self._files.items()
         }
-        if self._form.bits == 32:
-            sides["torch, eager"] = TorchEager(self._checkpoint)
-            if can_export():
-                written = self._files[_EXPORTER] = write_by_transformers(self._checkpoint, self._folder)
-                sides[_EXPORTER] = OtherOnnx(written.path)
-            else:
-                print("transformers' own exporter is left out: onnxscript is not installed")
-            if known_to_optimum(self._checkpoint):
-                written = self._files[_OPTIMUM] = write_by_optimum(self._checkpoint, self._folder)
-                sides[_OPTIMUM] = OtherOnnx(written.path)
-        return sides
+        return sides | ({"torch, eager": TorchEager(self._checkpoint)} if self._form.bits == 32 else {})
+
+    def _other_exporters(self) -> dict[str, Side]:
+        if self._form.bits != 32:
+            return {}
+        if can_export():
+            self._files[_EXPORTER] = write_by_transformers(self._checkpoint, self._folder)
+        else:
+            print("transformers' own exporter is left out: onnxscript is not installed")
+        if known_to_optimum(self._checkpoint):
+            self._files[_OPTIMUM] = write_by_optimum(self._checkpoint, self._folder)
+        return {name: OtherOnnx(self._files[name].path) for name in (_EXPORTER, _OPTIMUM) if name in self._files}
 
     def _row(self, program: str, times: Times, written: Written | None) -> Row:
         form = self._form
@@ -182,11 +183,11 @@ def page(rows: Sequence[Row]) -> list[str]:
         "",
         f"{LAYERS} layers of each shape with {_EXPERTS} experts, 8 of them for each token; random weights; one",
         f"thread; onnxruntime {onnxruntime.__version__}. {_ROUNDS} prompts of {_PROMPT} tokens and {_STEPS} tokens",
-        "behind each, in turns: medians of CPU time, and in brackets their ratio to llama.cpp's at as many bits. Below",
-        "8 bits embedding and head have 8 in both files. llama.cpp repacks weights, as it does by default. Logits are",
-        "made at the last position of a prompt alone, by other exporters' graphs at all. Memory is above the process",
-        f"without a model, with {_CONTEXT} tokens of cache; writing takes CPU time of one thread, with the kernels'",
-        "codes. Written by `python -m benchmarks.onnx`.",
+        "behind each, in turns, the other exporters' graphs by themselves: medians of CPU time, and in brackets their",
+        "ratio to llama.cpp's at as many bits. Below 8 bits embedding and head have 8 in both files. llama.cpp repacks",
+        "weights, as it does by default. Logits are made at the last position of a prompt alone, by other exporters'",
+        f"graphs at all. Memory is above the process without a model, with {_CONTEXT} tokens of cache; writing takes",
+        "CPU time of one thread, with the kernels' codes. Written by `python -m benchmarks.onnx`.",
         "",
         "| shape | bits | program | MB | s to write | MB of memory | ms for a token | ms for a prompt |",
         "|---|---|---|---|---|---|---|---|",

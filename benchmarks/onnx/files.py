@@ -28,7 +28,7 @@ __all__ = [
     "write_onnx_folder",
 ]
 
-LAYERS = 2
+LAYERS = 6  # of a token on two of them, the head of a large vocabulary would take the larger part
 _ENDS = ("embedding", "head")
 _GGUF_ENDS = ("token_embd.weight", "output.weight")
 
