@@ -34,6 +34,7 @@ _REPOSITORY = Path(__file__).parents[2]
 @click.option("--quant", default="Q4_K", show_default=True, help="A mix of llama-quantize.")
 @click.option("--memory", default="3.5GB", show_default=True, help="What our command may use.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
+@click.option("--hold", is_flag=True, help="Let the kernel hold all of our processes to --memory, with pages of files.")
 @click.option("--keep-theirs", is_flag=True, help="Run our side alone, beside theirs of the run that is recorded.")
 @click.option("--tools", default=_REPOSITORY / ".venv-llama", type=Path, help="Where the tools are built.")
 @click.option(
@@ -47,6 +48,7 @@ def main(
     quant: str,
     memory: str,
     threads: int,
+    hold: bool,
     keep_theirs: bool,
     tools: Path,
     folder: Path,
@@ -67,7 +69,7 @@ def main(
         theirs = Side(*run_tools(build_tools(tools), source, texts, their_folder, quant, threads, _show))
         shutil.rmtree(their_folder)
         read_into_page_cache(source)
-    ours = Side(*run_ours(source, texts, _emptied(folder / "ours"), quant, memory, threads))
+    ours = run_ours(source, texts, _emptied(folder / "ours"), quant, memory, threads, hold=hold)
     for part in ours.parts:
         _show(part)
     source_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))

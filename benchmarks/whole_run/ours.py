@@ -6,12 +6,15 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from benchmarks.whole_run.table import Figures, Part
+from benchmarks.whole_run.control_group import control_group
+from benchmarks.whole_run.table import Figures, Part, Side
 from benchmarks.whole_run.texts import Texts
 from benchmarks.whole_run.watched import Watched, run_watched
+from exporter.estimating.sizes import parse_size
 from exporter.file_names import REPORT
 from exporter.run import EXIT_CHECK_FAILED
 
@@ -22,9 +25,7 @@ _NO_LIMIT = "1000TB"
 _CONTEXT = "512"  # that of llama-perplexity and llama-imatrix unless they are told otherwise
 
 
-def run_ours(
-    source: Path, texts: Texts, folder: Path, quant: str, memory: str, threads: int
-) -> tuple[list[Part], Figures]:
+def run_ours(source: Path, texts: Texts, folder: Path, quant: str, memory: str, threads: int, *, hold: bool) -> Side:
     """Runs the command: the parts of its cost, the first of which is the whole, and its figures.
 
     Args:
@@ -34,6 +35,8 @@ def run_ours(
         quant: a mix of llama-quantize.
         memory: as ``--memory`` takes it.
         threads: as ``--threads`` takes it.
+        hold: if the kernel holds all its processes together to ``memory``, with the pages of files that they read
+            or write. Those of the source do not count, if they are in memory before.
     """
     out = folder / "out"
     work = Path(f"{out}.work")
@@ -41,15 +44,17 @@ def run_ours(
     command += ["--budget", _NO_LIMIT, "--budget-kind", "file", "--quant", quant, "--quantizer", "kernel"]
     command += ["--context", _CONTEXT, "--recover", "none", "--calibration", texts.calibration, "--text", texts.heldout]
     command += ["--memory", memory, "--threads", str(threads), "--force"]
-    cost, watched, _ = run_watched(
-        command,
-        {"OMP_NUM_THREADS": str(threads)},
-        source=source,
-        folders=[out, work],
-        part=lambda: next((path.stem for path in work.glob("*.partial")), _OUTSIDE),
-        library=folder.parent.absolute() / "reads.so",
-        accepted=(0, EXIT_CHECK_FAILED),  # random weights give texts that fail the gate
-    )
+    with control_group(parse_size(memory)) if hold else nullcontext() as group:
+        cost, watched, _ = run_watched(
+            command if group is None else group.inside(command),
+            {"OMP_NUM_THREADS": str(threads)},
+            source=source,
+            folders=[out, work],
+            part=lambda: next((path.stem for path in work.glob("*.partial")), _OUTSIDE),
+            library=folder.parent.absolute() / "reads.so",
+            accepted=(0, EXIT_CHECK_FAILED),  # random weights give texts that fail the gate
+        )
+        peak_held = None if group is None else group.peak_bytes
     report = json.loads((out / REPORT).read_text(encoding="utf-8"))
     whole = Part(
         "all",
@@ -61,7 +66,7 @@ def run_ours(
     )
     figures = _figures(report, out)
     shutil.rmtree(out)
-    return [whole, *_parts(report, watched, cost.seconds)], figures
+    return Side([whole, *_parts(report, watched, cost.seconds)], figures, peak_held)
 
 
 def _parts(report: Mapping[str, Any], watched: Watched, seconds: float) -> list[Part]:

@@ -38,6 +38,11 @@ largest, so its perplexity of an original whose successors stand out far is too 
 benchmarks.whole_run`.
 """
 
+_HELD = (
+    "The kernel held ours, all its processes together, to that memory, pages of the files that it maps or writes",
+    "included: a control group, whose peak is the one below. Theirs had all memory of the machine.",
+)
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -68,6 +73,8 @@ class Side:
 
     parts: Sequence[Part]
     figures: Figures
+    peak_held: int | None = None
+    """The most bytes that the kernel counted, where it held all processes and their files' pages to a limit."""
 
 
 def recorded_side(run: Mapping[str, Any], folder: Path = _RESULTS) -> Side:
@@ -122,6 +129,7 @@ def _section(one: Mapping[str, Any]) -> list[str]:
         f"{run['blocks']} calibration blocks and {run['chunks']} held-out chunks of 512 tokens, {run['threads']} "
         f"threads, `--memory {run['memory']}`."
         + (" Theirs is that of an earlier run on the same machine." if one.get("kept_theirs") else ""),
+        *(_HELD if ours.get("peak_held") else ()),
         "",
         "| | seconds | CPU | peak | together | disk read | written | calls read | written | disk | reads |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -186,7 +194,7 @@ def _goals(one: Mapping[str, Any], whole: Mapping[str, Any], stages: Sequence[Ma
     most_disk = one["ours"]["figures"]["n_bytes"] + _DISK_OF_SOURCE * source_bytes
     return [
         _goal("time, of theirs", f"{_MOST_TIME} x", whole["seconds"] / their_seconds, _MOST_TIME, "{:.2f} x"),
-        _goal("peak memory", _gigabytes(_MOST_MEMORY), whole["peak"], _MOST_MEMORY),
+        _goal("peak memory", _gigabytes(_MOST_MEMORY), one["ours"].get("peak_held") or whole["peak"], _MOST_MEMORY),
         _goal("disk: the output and a tenth of the source", _gigabytes(most_disk), whole["peak_disk"], most_disk),
         _goal("reads of the source, without texts", str(_MOST_READS), reads, _MOST_READS, "{:.2f}"),
         _goal("reads for the original's texts", str(_MOST_PASSES), in_texts, _MOST_PASSES, "{:.2f}"),

@@ -1,14 +1,17 @@
-"""What both sides of the whole run read, what is seen of a command, and what the table says about the goals."""
+"""The texts of both sides of the whole run, the watching and holding of a command, and the goals in the table."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.whole_run.control_group import control_group
 from benchmarks.whole_run.table import Figures, Part, Side, record, recorded_side
 from benchmarks.whole_run.texts import write_texts
 from benchmarks.whole_run.watched import Cost, run_watched
@@ -54,6 +57,33 @@ def test_reads_of_the_source_are_counted_in_all_processes(tmp_path: Path) -> Non
     assert cost.seconds > 0 and cost.cpu_seconds > 0
 
 
+_WRITES_AND_MAPS = """
+import mmap, os, sys
+with open(sys.argv[1], "w+b") as file:
+    for _ in range(20):
+        file.write(b"1" * 4_096_000)
+    file.flush()
+    os.fsync(file.fileno())
+    pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    assert pages[::4096] == b"1" * 20_000
+"""
+
+
+def test_a_command_is_held_to_its_memory_with_the_pages_of_files(tmp_path: Path) -> None:
+    try:
+        with control_group(50_000_000) as group:
+            maps, holds = (
+                subprocess.run(group.inside([sys.executable, "-c", program, tmp_path / "file"]), check=False)
+                for program in (_WRITES_AND_MAPS, "list(bytes(82_000_000))")
+            )
+            peak = group.peak_bytes
+    except SystemExit as error:
+        pytest.skip(str(error))
+    assert maps.returncode == 0, "pages of a file go and come"
+    assert holds.returncode == -signal.SIGKILL, "its own memory does not"
+    assert 45_000_000 < peak <= 50_000_000
+
+
 def test_the_table_says_which_goals_are_reached(tmp_path: Path) -> None:
     tool = Cost(10.0, 15.0, 2 * 10**9, 2 * 10**9, 0, 0, 0, 0)
     theirs = [Part(name, 10.0, 2 * 10**9, cost=tool, peak_disk=10**9) for name in ("convert", "perplexity")]
@@ -76,6 +106,11 @@ def test_the_table_says_which_goals_are_reached(tmp_path: Path) -> None:
         "| reads of the source, without texts | 3 | 2.00 | reached |",
         "| reads for the original's texts | 16 | 4.00 | reached |",
     ]
+    assert not any("The kernel held ours" in line for line in lines)
     assert recorded_side(run, tmp_path) == Side(theirs, figures)
     with pytest.raises(LookupError, match="run both sides"):
         recorded_side(run | {"threads": 1}, tmp_path)
+    held = Side([whole, *stages], figures, peak_held=36 * 10**8)
+    record(run, 10**10, held, Side(theirs, figures), tmp_path)
+    page = (tmp_path / "whole_run.md").read_text(encoding="utf-8")
+    assert "| peak memory | 3.50 GB | 3.60 GB | MISSED |" in page and "The kernel held ours" in page
