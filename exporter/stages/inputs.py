@@ -121,9 +121,14 @@ def written_weights(
     return {name: readers[name](artifact_path(work, name), spec) for name in artifacts or plan.recipe.artifacts}
 
 
-def memory_limit(context: StageContext) -> MemoryLimit:
-    """The limit that ``--memory`` sets for a stage; arrays that do not fit lie in the stage's folder while it runs."""
-    return MemoryLimit(context.plan.memory_bytes, context.output / "spill")
+def memory_limit(context: StageContext, beside: int = 0) -> MemoryLimit:
+    """The limit that ``--memory`` sets for a stage; arrays that do not fit lie in the stage's folder while it runs.
+
+    Args:
+        context: the context of the stage.
+        beside: bytes that another process of the stage takes meanwhile.
+    """
+    return MemoryLimit(context.plan.memory_bytes - beside, context.output / "spill")
 
 
 def use_threads(plan: Plan) -> None:

@@ -246,7 +246,7 @@ VALIDATE_WRITTEN = Stage(
 VALIDATE_GGUF = Stage(
     "validate_gguf",
     "judge.runtimes",
-    version=10,
+    version=11,
     what="measure the GGUF in llama.cpp",
     reads=files_of("gguf", GGUF_FILE) | _HELDOUT | _SAME_WEIGHTS,
     writes=(EVALUATION, MEASUREMENT, LOG_PROBS),

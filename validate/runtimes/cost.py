@@ -14,10 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from compressors.model.errors import InputError
 
-__all__ = ["CHUNK_TOKENS", "LEAST_CONTEXT", "Feed", "Runs", "RuntimeCost", "measure_cost", "peak_rss_bytes"]
+__all__ = [
+    "CHUNK_TOKENS",
+    "LEAST_CONTEXT",
+    "Feed",
+    "Runs",
+    "RuntimeCost",
+    "measure_cost",
+    "own_bytes",
+    "peak_rss_bytes",
+]
 
 Feed = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 """Appends tokens to a model's sequence; returns the next token's logits [V], valid until the next call."""
@@ -108,17 +118,34 @@ class Runs:
         return len(self._speeds)
 
 
+def own_bytes() -> int:
+    """The memory that this process takes for itself now; pages of files that it maps, which may go, do not count.
+
+    Where the system does not tell them apart, they count if no other process maps them.
+    """
+    anonymous = _of_status("RssAnon")
+    return psutil.Process().memory_full_info().uss if anonymous is None else anonymous
+
+
 def peak_rss_bytes() -> int:
     """The largest resident set that this process has had.
 
     On Linux it is VmHWM of ``/proc/self/status``, which a forked child, unlike ``ru_maxrss``, does not inherit.
     """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = _of_status("VmHWM")
+    if peak is not None:
+        return peak
     import resource  # Unix only
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _of_status(name: str) -> int | None:
+    """Bytes of a line of ``/proc/self/status``; None if there is none."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None

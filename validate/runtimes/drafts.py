@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from compressors.model.errors import MoeExportError
 from validate.metrics.generation import greedy, sampled
 from validate.runtimes import time_limit
 from validate.runtimes.backend import ChooseToken
+from validate.runtimes.cost import own_bytes
 from validate.runtimes.last_words import telling_line
 from validate.runtimes.lifetime import end_with_parent
 from validate.runtimes.measure import artifact_bytes
@@ -54,6 +56,10 @@ Drafts = list[list[int]]
 class Drafter:
     """A process with a file's runtime that drafts texts. A runtime that dies gives no more drafts, which is no error.
 
+    Attributes:
+        error: the reason why there are no more drafts; None while there are.
+        own_bytes: memory of the process with the opened file, without pages that it maps; 0 if it died.
+
     Args:
         artifact: ``gguf`` or ``onnx``.
         path: the GGUF file, or the folder of the ONNX model.
@@ -63,7 +69,7 @@ class Drafter:
     """
 
     def __init__(self, artifact: str, path: Path, *, n_texts: int, n_tokens: int, threads: int) -> None:
-        self.error: str | None = None  # the reason why there are no more drafts
+        self.error: str | None = None
         limit = time_limit.patience(artifact_bytes(artifact, path))
         options = {"n_texts": n_texts, "n_tokens": n_tokens, "threads": threads}
         command = [sys.executable, "-m", "validate.runtimes.drafts", str(os.getpid()), str(limit), artifact, str(path)]
@@ -76,6 +82,7 @@ class Drafter:
             text=True,
             env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a debugger would print for half a minute
         )
+        self.own_bytes = int(self._read(_OPENED) or 0)
 
     def __enter__(self) -> Drafter:
         return self
@@ -99,18 +106,20 @@ class Drafter:
     def _ask(self, request: str) -> Drafts:
         """The process's answer; none if it is dead."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
+        with suppress(BrokenPipeError):  # then there is no answer either
             self._process.stdin.write(f"{request}\n")
             self._process.stdin.flush()
-            for line in self._process.stdout:  # a library may print lines of its own
-                if line.startswith(_ANSWER):
-                    drafts: Drafts = json.loads(line.removeprefix(_ANSWER))
-                    return drafts
-        except (BrokenPipeError, ValueError):
-            pass
+        answer = self._read(_ANSWER)
+        return [] if answer is None else json.loads(answer)
+
+    def _read(self, kind: str) -> str | None:
+        """The rest of the next line that begins so; None if the process is dead."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:  # a library may print lines of its own
+            if line.startswith(kind) and line.endswith("\n"):
+                return line.removeprefix(kind)
         self.error = self._last_words()
-        return []
+        return None
 
     def _last_words(self) -> str:
         code = self._process.wait()
@@ -119,7 +128,7 @@ class Drafter:
         return f"the process of the runtime that drafts ended with code {code}" + (f": {said}" if said else "")
 
 
-_ANSWER = "drafts:"
+_OPENED, _ANSWER = "opened:", "drafts:"
 
 
 def _opened(artifact: str, path: Path, options: dict[str, Any]) -> Callable[[Sequence[Wish]], Drafts]:
@@ -144,6 +153,8 @@ def _opened(artifact: str, path: Path, options: dict[str, Any]) -> Callable[[Seq
 
 def _main(artifact: str, path: str, options: str) -> None:
     draft = _opened(artifact, Path(path), json.loads(options))
+    sys.stdout.write(f"\n{_OPENED}{own_bytes()}\n")
+    sys.stdout.flush()
     for line in sys.stdin:
         drafts = draft([Wish(**wish) for wish in json.loads(line)])
         sys.stdout.write(f"\n{_ANSWER}{json.dumps(drafts)}\n")

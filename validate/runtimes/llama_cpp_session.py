@@ -80,7 +80,7 @@ class Session:
         flash_attention: a value of ``llama_flash_attn_type``.
         threads: threads for prompt and generation.
         callback: sees the tensors of the graph (``cb_eval``).
-        n_texts: texts that the cache holds, each in a part of its own.
+        n_texts: texts that the cache holds.
 
     Raises:
         InputError: the context cannot be set up.
@@ -107,6 +107,7 @@ class Session:
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_texts * n_ctx, n_batch, min(n_batch, PHYSICAL_BATCH)
         params.n_seq_max = n_texts
+        params.kv_unified = n_texts > 1  # a part for each text would have room for at least 256 tokens
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = int(KV_TYPES[kv_type])
         params.flash_attn_type = flash_attention

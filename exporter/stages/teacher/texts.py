@@ -41,7 +41,6 @@ def teacher_texts(context: StageContext) -> None:
     plan = context.plan
     use_threads(plan)
     teacher = Student.teacher(plan.open_source())
-    model = StreamedModel(teacher, limit=memory_limit(context), device=torch.device(plan.device))
     prompts_PT = prompts_of(token_blocks(context.work).heldout.numpy())
     drafting = plan.recipe.artifacts[0]
     with (
@@ -54,6 +53,8 @@ def teacher_texts(context: StageContext) -> None:
         ) as drafter,
         context.progress.bar("tokens", (2 * len(prompts_PT) + 1) * NEW_TOKENS) as advance,
     ):
+        limit = memory_limit(context, beside=drafter.own_bytes)
+        model = StreamedModel(teacher, limit=limit, device=torch.device(plan.device))
         draft = drafts_of(drafter, *prompts_PT.shape)
         texts, effort = streamed_texts(model, prompts_PT, advance, draft, plan.end_tokens)
     figures = text_figures(plan, prompts_PT, texts)

@@ -247,6 +247,7 @@ def test_a_coarse_file_drafts_the_teacher_s_texts(
         draft = drafts_of(drafter, *prompts_PT.shape)
         texts, effort = streamed_texts(StreamedModel(teacher), prompts_PT, lambda _: None, draft)
         assert drafter.error is None
+        assert 20_000_000 < drafter.own_bytes < 400_000_000
     _assert_equal(texts, expected)
     assert effort.passes <= 24
     assert 0.5 < effort.accepted / effort.drafted < 1
@@ -256,6 +257,7 @@ def test_a_runtime_that_dies_drafts_no_more(tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF, but not really")
     with Drafter("gguf", path, n_texts=1, n_tokens=40, threads=1) as drafter:
+        assert drafter.own_bytes == 0
         assert drafter.draft([Wish(0, [1, 2], 4)]) == [[]]
         assert drafter.draft([Wish(0, [1, 2], 4)]) == [[]]
         assert drafter.error is not None
