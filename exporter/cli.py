@@ -355,12 +355,11 @@ def _print_plans(job: Any, plans: Mapping[Path, Any]) -> None:
 
 
 def _print_plan(plan: Any, recipe_file: Path) -> None:
-    import psutil
-
     from exporter.estimating.machine import measure_speeds
     from exporter.planning.plan_table import plan_table
+    from exporter.processes.free_memory import free_memory
 
-    _console().print(plan_table(plan, measure_speeds(plan), psutil.virtual_memory().available))
+    _console().print(plan_table(plan, measure_speeds(plan), free_memory()))
     click.echo(f"\nrecipe: {recipe_file} (edit it, then run with --recipe {recipe_file})")
 
 

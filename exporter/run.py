@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
 from exporter.estimating.estimate import describe_time, seconds_by_stage
@@ -32,6 +30,7 @@ from exporter.planning.preflight import (
     refuse_unwritable_places,
 )
 from exporter.planning.recipe import TextChoice, recipe_yaml
+from exporter.processes.free_memory import free_memory
 from exporter.processes.team import Team
 from exporter.progress.events import Message, View
 from exporter.progress.run_progress import RunProgress
@@ -151,7 +150,7 @@ def _parts(job: Job, command: str, work: WorkDirectory, identity: dict[str, Any]
 
 
 def _refuse_too_little_memory(plan: Plan) -> None:
-    refuse_too_little_memory(_least_memory(plan), plan.memory_bytes, psutil.virtual_memory().available)
+    refuse_too_little_memory(_least_memory(plan), plan.memory_bytes, free_memory())
     refuse_too_large_rungs(plan)
 
 
@@ -161,7 +160,7 @@ def _least_memory(plan: Plan) -> dict[str, int]:
 
 def _announce_needs(plans: Sequence[Plan], work: WorkDirectory, progress: RunProgress) -> None:
     least = max(sum(_least_memory(plan).values()) for plan in plans)
-    for line in described_needs(plans, work.folder, least, psutil.virtual_memory().available):
+    for line in described_needs(plans, work.folder, least, free_memory()):
         progress.say(line)
 
 
@@ -224,8 +223,8 @@ def _announce_time(parts: Sequence[Part], progress: RunProgress) -> None:
     stages = {folder: part for part in parts for folder in _stages_to_come(part)}  # parts share some
     if not stages:
         return
-    speeds, free_memory = measure_speeds(parts[0].plan), psutil.virtual_memory().available
-    seconds = {part.name: seconds_by_stage(part.plan, speeds, free_memory) for part in parts}
+    speeds, free = measure_speeds(parts[0].plan), free_memory()
+    seconds = {part.name: seconds_by_stage(part.plan, speeds, free) for part in parts}
     to_come = {folder: seconds[part.name].get(folder.name, 0.0) for folder, part in stages.items()}
     progress.expect(to_come)
     by_name: dict[str, float] = {}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
 from compressors.calibration.mixture import WeightedText
 from compressors.calibration.splits import BlockCounts, Splits, block_length_of, read_splits, tokenize
 from compressors.calibration.text_counts import have_enough
@@ -21,6 +19,7 @@ from exporter.planning.planner import TextCounts, choose_recipe, mix_of, predict
 from exporter.planning.preflight import refuse_to_cut_onnx, refuse_too_short_a_context, spare_disk
 from exporter.planning.recipe import MixedText, Recipe, TextChoice, load_recipe
 from exporter.planning.teacher_floor import TeacherFloor, choose_teacher_floor
+from exporter.processes.free_memory import free_memory
 from exporter.processes.team import local_processes
 from exporter.publishing.deviations import find_deviations
 from exporter.publishing.model_name import model_name, whole_path
@@ -53,7 +52,7 @@ def make_plan(job: Job, command: str, folder: Path | None = None) -> Plan:
     splits = read_splits(calibration, heldout)
     wanted = wanted_blocks(job, len(splits.heldout.parts)) if recipe is None else recipe.text.blocks
     counts = _counted(job, splits, checkpoint, wanted)
-    memory_bytes = job.memory_bytes or psutil.virtual_memory().available // 2 // local_processes()
+    memory_bytes = job.memory_bytes or free_memory() // 2 // local_processes()
     if recipe is None:
         recipe, predictions, refused = choose_recipe(job, checkpoint, _name(job), splits, counts, memory_bytes)
     else:

@@ -25,6 +25,7 @@ import psutil
 
 from compressors.model.errors import InputError, MoeExportError
 from exporter.processes.child_process import Child, Death, run_child
+from exporter.processes.free_memory import free_memory
 from exporter.processes.surroundings import Surroundings
 from validate.files.model_file import ModelFile
 from validate.runtimes import time_limit
@@ -62,7 +63,7 @@ class Limits:
             on_gpu: True if a GPU is used; its driver reserves address space freely, so memory is not limited.
         """
         n_bytes = file.n_bytes
-        there_is = psutil.virtual_memory().available + psutil.swap_memory().free
+        there_is = free_memory() + psutil.swap_memory().free
         memory = None if on_gpu else min(there_is, _LEAST_BYTES + _TIMES_ITS_SIZE * n_bytes)
         return cls(patience(n_bytes, n_tokens, reference_seconds), memory)
 
