@@ -76,7 +76,7 @@ class Written:
 
 
 def shaped_checkpoint(model: str, n_experts: int, folder: Path) -> Path:
-    """Writes two layers of a published shape with random weights and fewer experts; returns their folder."""
+    """Writes some layers of a published shape with random weights and fewer experts; returns their folder."""
     config: Mapping[str, Any] = {**with_layers(MODELS[model], LAYERS), "max_position_embeddings": 4096}
     path = folder / model
     write_checkpoint({**config, "num_experts": n_experts}, path)
