@@ -44,7 +44,7 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:
-    """What the group of this process leaves, and each group that it lies in."""
+    """Yields the bytes left by the group of this process, and by each group that it lies in, where there is a limit."""
     groups = root / "proc/self/cgroup"
     if not groups.is_file():
         return
