@@ -17,6 +17,7 @@ import numpy.typing as npt
 import psutil
 
 from compressors.model.errors import InputError
+from validate.runtimes.mapped_pages import bytes_with_all_pages
 
 __all__ = [
     "CHUNK_TOKENS",
@@ -44,7 +45,7 @@ LEAST_CONTEXT = 2 * _DECODED_TOKENS
 class RuntimeCost:
     """The cost of a model, measured in a process that did nothing else."""
 
-    peak_rss_bytes: int  # largest resident set of the process, weights included
+    peak_rss_bytes: int  # largest resident set of the process, all pages of the weights included
     base_rss_bytes: int  # the same before the model was loaded: interpreter and libraries
     load_seconds: float  # time of one load; the file may lie in the system's cache
     prefill_tokens_per_second: float  # median over the prompt's pieces
@@ -86,7 +87,7 @@ def measure_cost(load: Callable[[], Feed], *, context: int, prompt_tokens: Seque
         logits_V = feed(np.array([logits_V.argmax()]))
         decode.done(1)
     return RuntimeCost(
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=max(peak_rss_bytes(), bytes_with_all_pages()),
         base_rss_bytes=base,
         load_seconds=load_seconds,
         prefill_tokens_per_second=prefill.tokens_per_second,

@@ -1,10 +1,10 @@
 """Drafts texts with a written file in its runtime, in a process of the runtime's own.
 
-    python -m validate.runtimes.drafts PARENT SECONDS gguf|onnx PATH OPTIONS
+    python -m validate.runtimes.drafts PARENT SECONDS gguf|onnx PATH MEMORY OPTIONS
 
-reads requests from standard input, a JSON list of :class:`Wish` in each line, and prints a JSON object with the drafts
-for each. If the runtime crashes, only this process dies; if a step takes longer than SECONDS, it is ended; and it ends
-when process PARENT, which started it, is gone.
+holds itself to MEMORY bytes while it maps the file (null: to none), reads requests from standard input, a JSON list of
+:class:`Wish` in each line, and prints a JSON object with the drafts for each. If the runtime crashes, only this process
+dies; if a step takes longer than SECONDS, it is ended; and it ends when process PARENT, which started it, is gone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from validate.runtimes.backend import ChooseToken
 from validate.runtimes.cost import own_bytes
 from validate.runtimes.last_words import telling_line
 from validate.runtimes.lifetime import end_with_parent
+from validate.runtimes.mapped_pages import hold_to
 from validate.runtimes.measure import artifact_bytes
 
 __all__ = ["Drafter", "Wish"]
@@ -66,16 +67,27 @@ class Drafter:
         n_texts: the number of texts.
         n_tokens: the most tokens of a text.
         threads: the runtime's threads.
+        memory_bytes: what the process is held to if it maps the file
+            (:func:`validate.runtimes.mapped_pages.hold_to`); None: there is no limit.
     """
 
-    def __init__(self, artifact: str, path: Path, *, n_texts: int, n_tokens: int, threads: int) -> None:
+    def __init__(
+        self,
+        artifact: str,
+        path: Path,
+        *,
+        n_texts: int,
+        n_tokens: int,
+        threads: int,
+        memory_bytes: int | None = None,
+    ) -> None:
         self.error: str | None = None
         limit = time_limit.patience(artifact_bytes(artifact, path))
         options = {"n_texts": n_texts, "n_tokens": n_tokens, "threads": threads}
-        command = [sys.executable, "-m", "validate.runtimes.drafts", str(os.getpid()), str(limit), artifact, str(path)]
+        command = [sys.executable, "-m", "validate.runtimes.drafts", str(os.getpid()), str(limit), artifact]
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by __exit__
         self._process = subprocess.Popen(
-            [*command, json.dumps(options)],
+            [*command, str(path), json.dumps(memory_bytes), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -151,7 +163,8 @@ def _opened(artifact: str, path: Path, options: dict[str, Any]) -> Callable[[Seq
     return lambda wishes: [backend.generate(wish.tokens, wish.most, wish.choose) for wish in wishes]
 
 
-def _main(artifact: str, path: str, options: str) -> None:
+def _main(artifact: str, path: str, memory_bytes: str, options: str) -> None:
+    hold_to(json.loads(memory_bytes))
     draft = _opened(artifact, Path(path), json.loads(options))
     sys.stdout.write(f"\n{_OPENED}{own_bytes()}\n")
     sys.stdout.flush()

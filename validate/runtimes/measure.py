@@ -1,12 +1,13 @@
 """The memory and speed of an artifact in its runtime, measured in a process of the runtime's own.
 
     python -m validate.runtimes.measure PARENT SECONDS gguf|onnx base
-    python -m validate.runtimes.measure PARENT SECONDS gguf|onnx run PATH OPTIONS
+    python -m validate.runtimes.measure PARENT SECONDS gguf|onnx run PATH MEMORY OPTIONS
 
-reads the prompt's token ids from standard input, as a JSON list, and prints one JSON object; OPTIONS is another, with
-the arguments of the runtime's own ``measure``. The process imports neither torch nor transformers, so its peak is the
-runtime's; if the runtime crashes, only this process dies; if a step takes longer than SECONDS, it is ended; and it ends
-when process PARENT, which started it, is gone.
+reads the prompt's token ids from standard input, as a JSON list, and prints one JSON object; MEMORY is the number of
+bytes to which the process holds itself while it maps the file, or null, and OPTIONS another object, with the arguments
+of the runtime's own ``measure``. The process imports neither torch nor transformers, so its peak is the runtime's; if
+the runtime crashes, only this process dies; if a step takes longer than SECONDS, it is ended; and it ends when process
+PARENT, which started it, is gone.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from validate.runtimes.backend import RuntimeCrashError
 from validate.runtimes.cost import RuntimeCost, peak_rss_bytes
 from validate.runtimes.last_words import telling_line
 from validate.runtimes.lifetime import end_with_parent
+from validate.runtimes.mapped_pages import hold_to
 
 __all__ = ["RuntimeCrashError", "artifact_bytes", "measure_artifact", "measure_base"]
 
@@ -59,6 +61,7 @@ def measure_artifact(
     gpu_layers: int = 0,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     seconds: float | None = None,
+    memory_bytes: int | None = None,
 ) -> RuntimeCost:
     """Loads the artifact, fills its KV cache to ``context`` tokens and decodes: memory and speed.
 
@@ -72,6 +75,9 @@ def measure_artifact(
         gpu_layers: layers that llama.cpp puts on a GPU.
         providers: ONNX Runtime's providers; the first that can run a node runs it.
         seconds: the limit of a step of the runtime; None: enough for any valid file.
+        memory_bytes: what the process is held to if it maps the file
+            (:func:`validate.runtimes.mapped_pages.hold_to`); None: there is no limit. The peak that is returned is
+            that of a process that keeps all of the file.
 
     Raises:
         RuntimeCrashError: the runtime crashed, refused the file or did not end.
@@ -82,7 +88,8 @@ def measure_artifact(
         options |= {"kv_type": kv_type, "gpu_layers": gpu_layers}
     else:
         options["providers"] = list(providers)
-    return RuntimeCost(**_run(artifact, limit, ["run", str(path), json.dumps(options)], prompt.tolist()))
+    arguments = ["run", str(path), json.dumps(memory_bytes), json.dumps(options)]
+    return RuntimeCost(**_run(artifact, limit, arguments, prompt.tolist()))
 
 
 def artifact_bytes(artifact: str, path: Path) -> int:
@@ -124,7 +131,8 @@ def _main(artifact: str, what: str, *arguments: str) -> None:
     if what == "base":
         answer: dict[str, Any] = {"base_rss_bytes": peak_rss_bytes()}
     else:
-        path, options = arguments
+        path, memory_bytes, options = arguments
+        hold_to(json.loads(memory_bytes))
         answer = asdict(runtime.measure(Path(path), prompt_tokens=json.load(sys.stdin), **json.loads(options)))
     sys.stdout.write(f"\n{json.dumps(answer)}\n")
 

