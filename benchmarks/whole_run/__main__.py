@@ -1,9 +1,10 @@
 """The whole command against llama.cpp's own tools: converter, importance matrix, quantizer, perplexity with divergence.
 
-    python -m benchmarks.whole_run [--layers 2] [--tools FOLDER] [--folder FOLDER]
+    python -m benchmarks.whole_run [--layers 2] [--only theirs|ours] [--tools FOLDER] [--folder FOLDER]
 
 By default the checkpoint has OLMoE-1B-7B's shape, all of it: 14 GB, and theirs needs another 14 GB of disk. Both sides
-run once, with the source in the page cache, theirs first. Writes ``benchmarks/results/whole_run.json`` and ``.md``.
+run once, with the source in the page cache, theirs first. On a slow machine that takes hours, so each can be run alone.
+Writes ``benchmarks/results/whole_run.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from benchmarks.export.llama_cpp import build_tools
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from benchmarks.whole_run.llama_cpp import run_tools
 from benchmarks.whole_run.ours import run_ours
-from benchmarks.whole_run.table import Part, Side, record, recorded_side
+from benchmarks.whole_run.table import Part, Side, keep_side, kept_side, record
 from benchmarks.whole_run.texts import write_texts
 from benchmarks.whole_run.watched import read_into_page_cache
 
 _REPOSITORY = Path(__file__).parents[2]
+_SIDES = ("theirs", "ours")
 
 
 @click.command()
@@ -35,7 +37,7 @@ _REPOSITORY = Path(__file__).parents[2]
 @click.option("--memory", default="3.5GB", show_default=True, help="What our command may use.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--hold", is_flag=True, help="Let the kernel hold all of our processes to --memory, with pages of files.")
-@click.option("--keep-theirs", is_flag=True, help="Run our side alone, beside theirs of the run that is recorded.")
+@click.option("--only", type=click.Choice(_SIDES), help="Run this side alone, beside the other one's last run.")
 @click.option("--tools", default=_REPOSITORY / ".venv-llama", type=Path, help="Where the tools are built.")
 @click.option(
     "--folder", default=Path(tempfile.gettempdir()) / "moe-export-whole-run", type=Path, help="For all files."
@@ -49,11 +51,11 @@ def main(
     memory: str,
     threads: int,
     hold: bool,
-    keep_theirs: bool,
+    only: str | None,
     tools: Path,
     folder: Path,
 ) -> None:
-    """Measures both sides, prints each part, and records the run; the checkpoint is kept."""
+    """Measures both sides, prints each part, and records the run; the checkpoint and the sides stay in the folder."""
     config = with_layers(MODELS[shape], layers)
     run = {"shape": shape, "layers": config["num_hidden_layers"], "quant": quant, "blocks": blocks, "chunks": chunks}
     run |= {"threads": threads, "memory": memory}
@@ -61,25 +63,28 @@ def main(
     if not source.exists():
         write_checkpoint(config, source)
     texts = write_texts(source, folder, blocks, chunks)
-    read_into_page_cache(source)
-    if keep_theirs:
-        theirs = recorded_side(run)
-    else:
-        their_folder = _emptied(folder / "theirs")
-        theirs = Side(*run_tools(build_tools(tools), source, texts, their_folder, quant, threads, _show))
-        shutil.rmtree(their_folder)
-        read_into_page_cache(source)
-    ours = run_ours(source, texts, _emptied(folder / "ours"), quant, memory, threads, hold=hold)
+    sides: dict[str, Side | None] = {}
+    for name in _SIDES:
+        path, place = folder / f"{name}.json", folder / name
+        if only in (None, name):
+            read_into_page_cache(source)
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            if name == "theirs":
+                side = Side(*run_tools(build_tools(tools), source, texts, place, quant, threads, _show))
+            else:
+                side = run_ours(source, texts, place, quant, memory, threads, hold=hold)
+            shutil.rmtree(place)
+            keep_side(path, run, side)
+        sides[name] = kept_side(path, run)
+    theirs, ours = sides["theirs"], sides["ours"]
+    if theirs is None or ours is None:
+        print(f"{only} is kept in {folder}; the table is written when the other side was measured there too")
+        return
     for part in ours.parts:
         _show(part)
     source_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    record(run, source_bytes, ours, theirs, kept_theirs=keep_theirs)
-
-
-def _emptied(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+    record(run, source_bytes, ours, theirs, in_parts=only is not None)
 
 
 def _show(part: Part) -> None:

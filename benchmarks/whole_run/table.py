@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.whole_run.watched import Cost
 
-__all__ = ["Figures", "Part", "Side", "record"]
+__all__ = ["Figures", "Part", "Side", "keep_side", "kept_side", "record"]
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _FILE = "whole_run.json"
@@ -77,18 +77,19 @@ class Side:
     """The most bytes that the kernel counted, where it held all processes and their files' pages to a limit."""
 
 
-def recorded_side(run: Mapping[str, Any], folder: Path = _RESULTS) -> Side:
-    """The tools' side of an equal run that is recorded.
+def keep_side(path: Path, run: Mapping[str, Any], side: Side) -> None:
+    """Writes a side of a run into a file of its own."""
+    path.write_text(json.dumps({"run": dict(run), "side": asdict(side)}, indent=1) + "\n", encoding="utf-8")
 
-    Raises:
-        LookupError: there is none.
-    """
-    runs = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-    found = next((one["theirs"] for one in runs if one["run"] == run), None)
-    if found is None:
-        raise LookupError(f"{folder / _FILE} has no run with {run}: run both sides")
-    parts = [Part(**{**part, "cost": part["cost"] and Cost(**part["cost"])}) for part in found["parts"]]
-    return Side(parts, Figures(**found["figures"]))
+
+def kept_side(path: Path, run: Mapping[str, Any]) -> Side | None:
+    """The side of an equal run that the file holds; None if it holds none."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"run": None}
+    if kept["run"] != run:
+        return None
+    side = kept["side"]
+    parts = [Part(**{**part, "cost": part["cost"] and Cost(**part["cost"])}) for part in side["parts"]]
+    return Side(parts, Figures(**side["figures"]), side["peak_held"])
 
 
 def record(
@@ -98,7 +99,7 @@ def record(
     theirs: Side,
     folder: Path = _RESULTS,
     *,
-    kept_theirs: bool = False,
+    in_parts: bool = False,
 ) -> None:
     """Puts a run into both files, in place of an equal one that is there.
 
@@ -108,12 +109,12 @@ def record(
         ours: the first part is the whole command.
         theirs: one part for each tool.
         folder: where the files are.
-        kept_theirs: theirs is that of an earlier run.
+        in_parts: the sides were measured by two starts of the benchmark.
     """
     path = folder / _FILE
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     new = {"run": dict(run), "source_bytes": source_bytes, "ours": asdict(ours), "theirs": asdict(theirs)}
-    new["kept_theirs"] = kept_theirs
+    new["in_parts"] = in_parts
     runs = [one for one in runs if one["run"] != new["run"]] + [json.loads(json.dumps(new))]
     path.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
     sections = "\n".join(line for one in runs for line in _section(one))
@@ -128,7 +129,7 @@ def _section(one: Mapping[str, Any]) -> list[str]:
         "",
         f"{run['blocks']} calibration blocks and {run['chunks']} held-out chunks of 512 tokens, {run['threads']} "
         f"threads, `--memory {run['memory']}`."
-        + (" Theirs is that of an earlier run on the same machine." if one.get("kept_theirs") else ""),
+        + (" The sides were measured at different times on the same machine." if one.get("in_parts") else ""),
         *(_HELD if ours.get("peak_held") else ()),
         "",
         "| | seconds | CPU | peak | together | disk read | written | calls read | written | disk | reads |",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.whole_run.control_group import control_group
-from benchmarks.whole_run.table import Figures, Part, Side, record, recorded_side
+from benchmarks.whole_run.table import Figures, Part, Side, keep_side, kept_side, record
 from benchmarks.whole_run.texts import write_texts
 from benchmarks.whole_run.watched import Cost, run_watched
 from compressors.calibration.splits import read_splits
@@ -107,10 +107,19 @@ def test_the_table_says_which_goals_are_reached(tmp_path: Path) -> None:
         "| reads for the original's texts | 16 | 4.00 | reached |",
     ]
     assert not any("The kernel held ours" in line for line in lines)
-    assert recorded_side(run, tmp_path) == Side(theirs, figures)
-    with pytest.raises(LookupError, match="run both sides"):
-        recorded_side(run | {"threads": 1}, tmp_path)
     held = Side([whole, *stages], figures, peak_held=36 * 10**8)
     record(run, 10**10, held, Side(theirs, figures), tmp_path)
     page = (tmp_path / "whole_run.md").read_text(encoding="utf-8")
     assert "| peak memory | 3.50 GB | 3.60 GB | MISSED |" in page and "The kernel held ours" in page
+
+
+def test_a_side_is_kept_for_an_equal_run(tmp_path: Path) -> None:
+    side = Side(
+        [Part("all", 26.0, 3 * 10**9, cost=Cost(10.0, 15.0, 2, 2, 0, 0, 0, 0)), Part("calibrate", 20.0, None)],
+        Figures(4 * 10**8, 10.0, 11.0, 0.1, 0.9),
+        peak_held=7,
+    )
+    assert kept_side(tmp_path / "ours.json", {"threads": 2}) is None
+    keep_side(tmp_path / "ours.json", {"threads": 2}, side)
+    assert kept_side(tmp_path / "ours.json", {"threads": 2}) == side
+    assert kept_side(tmp_path / "ours.json", {"threads": 1}) is None
