@@ -8,14 +8,16 @@ finds them again, there or on the disk, when it reads them. What it computes is 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 __all__ = ["bytes_with_all_pages", "hold_to", "let_go"]
 
-_SECONDS = 0.01  # a runtime reads at most some hundred MB meanwhile
-_SHARE = 0.85  # of the limit at which pages go
+_SECONDS = 0.01  # loading a file that the system has in its cache, a runtime maps some hundred MB meanwhile
+_SHARE = 0.8  # of the limit at which pages go
 _LEAST_SHARE = 0.1  # of the limit that mapped pages must take, or nothing is gained
 _MADV_DONTNEED = 4  # <bits/mman-linux.h>: the pages of a file's mapping are read again when they are needed
 _STATM, _MAPS, _SMAPS = (Path("/proc/self", name) for name in ("statm", "maps", "smaps"))
@@ -35,6 +37,7 @@ def hold_to(n_bytes: int | None) -> None:
 
 def _hold(n_bytes: int) -> None:
     wait, page = threading.Event(), os.sysconf("SC_PAGE_SIZE")
+    let_go()  # takes what memory it needs now: while the kernel reads a file into a mapping, mmap(2) waits
     while not wait.wait(_SECONDS):
         _, resident, shared, *_ = (int(pages) * page for pages in _STATM.read_bytes().split())
         if resident > _SHARE * n_bytes and shared > _LEAST_SHARE * n_bytes:
@@ -43,10 +46,12 @@ def _hold(n_bytes: int) -> None:
 
 def let_go() -> None:
     """Lets the pages of all files that are mapped for reading go; they are read again when they are needed."""
-    madvise = ctypes.CDLL(None).madvise
-    for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
-        if mapping := _mapped_file(line):
-            madvise(ctypes.c_void_p(mapping.start), ctypes.c_size_t(len(mapping)), _MADV_DONTNEED)
+    madvise = _madvise()
+    # line by line, in little memory: see _hold
+    with _MAPS.open("rb") as lines:
+        for line in lines:
+            if b" r--s " in line and (mapping := _mapped_file(line)):
+                madvise(ctypes.c_void_p(mapping.start), ctypes.c_size_t(len(mapping)), _MADV_DONTNEED)
 
 
 def bytes_with_all_pages() -> int:
@@ -54,20 +59,25 @@ def bytes_with_all_pages() -> int:
     if not _SMAPS.exists():
         return 0
     total, mapping = 0, None
-    for line in _SMAPS.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _SMAPS.read_bytes().splitlines():
         name, value, *_ = line.split(maxsplit=2)
-        if not name.endswith(":"):
+        if not name.endswith(b":"):
             mapping = _mapped_file(line)
             total += len(mapping or ())
-        elif name == "Rss:" and mapping is None:
+        elif name == b"Rss:" and mapping is None:
             total += int(value) * 1024
     return total
 
 
-def _mapped_file(line: str) -> range | None:
+def _mapped_file(line: bytes) -> range | None:
     """The addresses of a read-only, shared mapping of a file, from its line: its pages are the file's own."""
     addresses, permissions, _, _, _, *path = line.split(maxsplit=5)
-    if permissions != "r--s" or not path or not path[0].startswith("/"):
+    if permissions != b"r--s" or not path or not path[0].startswith(b"/"):
         return None
-    start, end = (int(address, 16) for address in addresses.split("-"))
+    start, end = (int(address, 16) for address in addresses.split(b"-"))
     return range(start, end)
+
+
+@functools.cache
+def _madvise() -> Callable[[ctypes.c_void_p, ctypes.c_size_t, int], int]:
+    return ctypes.CDLL(None).madvise
