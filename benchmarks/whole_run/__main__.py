@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -68,13 +70,12 @@ def main(
         path, place = folder / f"{name}.json", folder / name
         if only in (None, name):
             read_into_page_cache(source)
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir()
-            if name == "theirs":
-                side = Side(*run_tools(build_tools(tools), source, texts, place, quant, threads, _show))
-            else:
-                side = run_ours(source, texts, place, quant, memory, threads, hold=hold)
-            shutil.rmtree(place)
+            with _empty(place):
+                side = (
+                    Side(*run_tools(build_tools(tools), source, texts, place, quant, threads, _show))
+                    if name == "theirs"
+                    else run_ours(source, texts, place, quant, memory, threads, hold=hold)
+                )
             keep_side(path, run, side)
         sides[name] = kept_side(path, run)
     theirs, ours = sides["theirs"], sides["ours"]
@@ -85,6 +86,15 @@ def main(
         _show(part)
     source_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     record(run, source_bytes, ours, theirs, in_parts=only is not None)
+
+
+@contextmanager
+def _empty(folder: Path) -> Iterator[None]:
+    """Makes an empty folder, which goes when its side was measured; after an error it stays, to be looked at."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    yield
+    shutil.rmtree(folder)
 
 
 def _show(part: Part) -> None:

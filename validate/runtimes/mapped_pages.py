@@ -23,24 +23,34 @@ _MADV_DONTNEED = 4  # <bits/mman-linux.h>: the pages of a file's mapping are rea
 _STATM, _MAPS, _SMAPS = (Path("/proc/self", name) for name in ("statm", "maps", "smaps"))
 
 
+_limit: int | None = None
+_thread: threading.Thread | None = None
+
+
 def hold_to(n_bytes: int | None) -> None:
     """Lets mapped pages of files go from now on, whenever the resident size comes near ``n_bytes``.
 
-    Without ``/proc``, outside of Linux, nothing is done: there the kernel alone decides.
+    Another call changes the limit. Without ``/proc``, outside of Linux, nothing is done: the kernel decides there.
 
     Args:
         n_bytes: the most that the process may have resident; None: there is no limit.
     """
-    if n_bytes is not None and _STATM.exists():
-        threading.Thread(target=_hold, args=(n_bytes,), daemon=True, name="mapped pages").start()
+    global _limit, _thread  # a process has one resident size
+    _limit = n_bytes
+    if n_bytes is not None and _STATM.exists() and (_thread is None or not _thread.is_alive()):
+        _thread = threading.Thread(target=_hold, daemon=True, name="mapped pages")
+        _thread.start()
 
 
-def _hold(n_bytes: int) -> None:
+def _hold() -> None:
     wait, page = threading.Event(), os.sysconf("SC_PAGE_SIZE")
     let_go()  # takes what memory it needs now: while the kernel reads a file into a mapping, mmap(2) waits
     while not wait.wait(_SECONDS):
+        limit = _limit
+        if limit is None:
+            continue
         _, resident, shared, *_ = (int(pages) * page for pages in _STATM.read_bytes().split())
-        if resident > _SHARE * n_bytes and shared > _LEAST_SHARE * n_bytes:
+        if resident > _SHARE * limit and shared > _LEAST_SHARE * limit:
             let_go()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
+from validate.runtimes import mapped_pages
 from validate.runtimes.measure import measure_artifact
 
 _REPOSITORY = Path(__file__).parents[3]
@@ -71,3 +73,12 @@ def test_a_runtime_that_lets_pages_go_tells_the_peak_with_all_of_them(fine_folde
     )
     assert abs(free.peak_rss_bytes - held.peak_rss_bytes) < 10_000_000
     assert held.decode_runs == free.decode_runs
+
+
+def test_another_limit_takes_the_place_of_the_first() -> None:
+    try:
+        for limit in (10**12, 10**13):
+            mapped_pages.hold_to(limit)
+        assert [thread.name for thread in threading.enumerate()].count("mapped pages") == 1
+    finally:
+        mapped_pages.hold_to(None)
