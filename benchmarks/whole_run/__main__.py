@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import torch
 
 from benchmarks.export.llama_cpp import build_tools
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
@@ -60,7 +61,7 @@ def main(
     """Measures both sides, prints each part, and records the run; the checkpoint and the sides stay in the folder."""
     config = with_layers(MODELS[shape], layers)
     run = {"shape": shape, "layers": config["num_hidden_layers"], "quant": quant, "blocks": blocks, "chunks": chunks}
-    run |= {"threads": threads, "memory": memory}
+    run |= {"threads": threads, "memory": memory, "instructions": torch.backends.cpu.get_cpu_capability()}
     source = folder / f"{shape}-{config['num_hidden_layers']}-layers"
     if not source.exists():
         write_checkpoint(config, source)
