@@ -2,9 +2,10 @@
 
     python -m validate.runtimes.drafts PARENT SECONDS gguf|onnx PATH MEMORY OPTIONS
 
-holds itself to MEMORY bytes while it maps the file (null: to none), reads requests from standard input, a JSON list of
-:class:`Wish` in each line, and prints a JSON object with the drafts for each. If the runtime crashes, only this process
-dies; if a step takes longer than SECONDS, it is ended; and it ends when process PARENT, which started it, is gone.
+holds itself to MEMORY bytes while it maps the file (null: to none), reads requests from standard input, in each line a
+JSON list of the memory that it has now and the :class:`Wish` objects, and prints the drafts for each. Between requests
+it keeps no pages of the file if there is a limit. If the runtime crashes, only this process dies; if a step takes
+longer than SECONDS, it is ended; and it ends when process PARENT, which started it, is gone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from validate.runtimes.backend import ChooseToken
 from validate.runtimes.cost import own_bytes
 from validate.runtimes.last_words import telling_line
 from validate.runtimes.lifetime import end_with_parent
-from validate.runtimes.mapped_pages import hold_to
+from validate.runtimes.mapped_pages import hold_to, rest
 from validate.runtimes.measure import artifact_bytes
 
 __all__ = ["Drafter", "Wish"]
@@ -67,7 +68,7 @@ class Drafter:
         n_texts: the number of texts.
         n_tokens: the most tokens of a text.
         threads: the runtime's threads.
-        memory_bytes: what the process is held to if it maps the file
+        memory_bytes: what this process and the one that drafts are held to together if that maps the file
             (:func:`validate.runtimes.mapped_pages.hold_to`); None: there is no limit.
     """
 
@@ -82,6 +83,7 @@ class Drafter:
         memory_bytes: int | None = None,
     ) -> None:
         self.error: str | None = None
+        self._memory_bytes = memory_bytes
         limit = time_limit.patience(artifact_bytes(artifact, path))
         options = {"n_texts": n_texts, "n_tokens": n_tokens, "threads": threads}
         command = [sys.executable, "-m", "validate.runtimes.drafts", str(os.getpid()), str(limit), artifact]
@@ -111,7 +113,8 @@ class Drafter:
         wanted = [wish for wish in wishes if wish.most > 0]
         if self.error is not None or not wanted:
             return [[] for _ in wishes]
-        answer = self._ask(json.dumps([asdict(wish) for wish in wanted]))
+        left = None if self._memory_bytes is None else self._memory_bytes - own_bytes()
+        answer = self._ask(json.dumps([left, [asdict(wish) for wish in wanted]]))
         by_text: dict[int, list[int]] = dict(zip([wish.text for wish in wanted], answer, strict=False))
         return [by_text.get(wish.text, []) for wish in wishes]
 
@@ -169,7 +172,10 @@ def _main(artifact: str, path: str, memory_bytes: str, options: str) -> None:
     sys.stdout.write(f"\n{_OPENED}{own_bytes()}\n")
     sys.stdout.flush()
     for line in sys.stdin:
-        drafts = draft([Wish(**wish) for wish in json.loads(line)])
+        left, wishes = json.loads(line)
+        hold_to(left)
+        drafts = draft([Wish(**wish) for wish in wishes])
+        rest()
         sys.stdout.write(f"\n{_ANSWER}{json.dumps(drafts)}\n")
         sys.stdout.flush()
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["bytes_with_all_pages", "hold_to", "let_go"]
+__all__ = ["bytes_with_all_pages", "hold_to", "let_go", "rest"]
 
 _SECONDS = 0.01  # loading a file that the system has in its cache, a runtime maps some hundred MB meanwhile
 _SHARE = 0.8  # of the limit at which pages go
@@ -62,6 +62,12 @@ def let_go() -> None:
         for line in lines:
             if b" r--s " in line and (mapping := _mapped_file(line)):
                 madvise(ctypes.c_void_p(mapping.start), ctypes.c_size_t(len(mapping)), _MADV_DONTNEED)
+
+
+def rest() -> None:
+    """Lets mapped pages go before this process waits for another, which has their memory then, if there is a limit."""
+    if _limit is not None and _STATM.exists():
+        let_go()
 
 
 def bytes_with_all_pages() -> int:

@@ -8,12 +8,14 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 from validate.runtimes import mapped_pages
+from validate.runtimes.drafts import Drafter, Wish
 from validate.runtimes.measure import measure_artifact
 
 _REPOSITORY = Path(__file__).parents[3]
@@ -57,12 +59,19 @@ def test_a_process_that_reads_a_mapped_file_stays_below_its_limit(tmp_path: Path
     assert abs(with_all - free_bytes) < 10_000_000
 
 
-def test_a_runtime_that_lets_pages_go_tells_the_peak_with_all_of_them(fine_folder: Path, tmp_path: Path) -> None:
-    write_gguf(Student.teacher(open_source(fine_folder)), "Q8_0", tmp_path / "x.gguf", name="x", threads=1)
+@pytest.fixture(scope="module")
+def written(fine_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model in 8 bits."""
+    path = tmp_path_factory.mktemp("written") / "x.gguf"
+    write_gguf(Student.teacher(open_source(fine_folder)), "Q8_0", path, name="x", threads=1)
+    return path
+
+
+def test_a_runtime_that_lets_pages_go_tells_the_peak_with_all_of_them(written: Path) -> None:
     free, held = (
         measure_artifact(
             "gguf",
-            tmp_path / "x.gguf",
+            written,
             context=64,
             kv_type="f16",
             threads=1,
@@ -73,6 +82,18 @@ def test_a_runtime_that_lets_pages_go_tells_the_peak_with_all_of_them(fine_folde
     )
     assert abs(free.peak_rss_bytes - held.peak_rss_bytes) < 10_000_000
     assert held.decode_runs == free.decode_runs
+
+
+def test_a_process_that_drafts_has_no_pages_of_the_file_while_it_waits(written: Path) -> None:
+    drafts, pages = [], []
+    for memory_bytes in (None, 1):
+        with Drafter("gguf", written, n_texts=1, n_tokens=24, threads=1, memory_bytes=memory_bytes) as drafter:
+            drafts.append([drafter.draft([Wish(0, list(range(n)), 4)]) for n in (16, 20)])
+            drafting = next(child for child in psutil.Process().children() if str(written) in child.cmdline())
+            pages.append(drafting.memory_info().shared)
+    assert drafts[0] == drafts[1]
+    assert [len(tokens) for (tokens,) in drafts[0]] == [4, 4]
+    assert pages[0] - pages[1] > 0.9 * written.stat().st_size
 
 
 def test_another_limit_takes_the_place_of_the_first() -> None:
